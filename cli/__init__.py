@@ -1,0 +1,1 @@
+"""The godwit command line: parse, call one function, render."""

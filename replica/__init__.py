@@ -1,0 +1,1 @@
+"""The replication engine: stores, segments, maps, recovery points, cycles, restore and verification."""

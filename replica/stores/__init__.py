@@ -1,0 +1,1 @@
+"""The object stores that hold recovery points, behind one protocol."""
