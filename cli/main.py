@@ -1,8 +1,110 @@
-"""The entry point: answers --version and a command's help without importing what only other commands need."""
+"""The entry point: answers --version and --help without importing what only the commands need."""
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from cli import failure
+from cli.output import Output
+
+
+@dataclass(frozen=True, slots=True)
+class LazyCommand:
+    """Where a command lives, ``module:attribute``, and the line that the list of commands shows for it."""
+
+    target: str
+    help: str
+
+    def load(self) -> click.Command:
+        """Import the command."""
+        module, _, attribute = self.target.partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command), self.target
+        return command
+
+
+# Every command, in the order in which the help lists them.
+COMMANDS: dict[str, LazyCommand] = {
+    "disk": LazyCommand("cli.disk:disk", "Inspect, check, convert and change disk images."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and help line, and imports one when it is run."""
+
+    def __init__(self, *args: Any, table: dict[str, LazyCommand] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._table = COMMANDS if table is None else table
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names, in the table's order."""
+        return list(self._table)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command of that name."""
+        entry = self._table.get(cmd_name)
+        return entry.load() if entry else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands from the table alone."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in self._table.items()])
+
+
+def _show_version(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from importlib.metadata import version  # noqa: PLC0415 - costs more than the rest of the start
+
+        context.ensure_object(Output).stdout.write(f"godwit {version('godwit-dr')}\n")
+        context.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 degraded or partial, 10 no store, 11 lease held by another "
+    "agent, 12 data is damaged, 13 configuration, 14 conversion refused, 130 interrupted.",
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version."
+)
+def root() -> None:
+    """Replicate virtual machines to any object store, and bring them back anywhere."""
+
+
+def run(arguments: Sequence[str], output: Output | None = None) -> int:
+    """Run one command and return the exit code. A command returns None for success, or the code it wants."""
+    # A mistake in the options is found before click has looked at --json, and must be told as JSON all the same.
+    before_operands = list(arguments)[: arguments.index("--")] if "--" in arguments else arguments
+    output = output or Output()
+    output.json = output.json or "--json" in before_operands
+    try:
+        code = root.main(list(arguments), prog_name="godwit", standalone_mode=False, obj=output)
+        output.stdout.flush()
+    except SystemExit as leaving:  # click leaves this way when a pipe's reader has left
+        failure.quiet_pipe()
+        return leaving.code if isinstance(leaving.code, int) else failure.FAILED
+    except BaseException as error:
+        return failure.report(error, output)
+    return code if isinstance(code, int) else failure.OK
+
 
 def main() -> None:
-    """Run the command line."""
-    raise SystemExit("godwit: no command exists yet")
+    """Run the command line of this process."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:  # a name that the terminal cannot show is written escaped, not refused
+            reconfigure(errors="backslashreplace")
+    code = run(sys.argv[1:])
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os._exit(code)
+    sys.exit(code)
