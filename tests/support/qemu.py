@@ -1,0 +1,214 @@
+"""Starts virtual machines under QEMU: headless, emulated, watched through their serial console, ended by process id.
+
+QEMU opens the disk image itself (VHDX included), so what boots is what Godwit wrote. The firmware is OVMF for a
+Generation 2 machine, with variables that no boot has touched, or SeaBIOS for a Generation 1 machine.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Firmware = Literal["ovmf", "seabios"]
+
+QEMU = "qemu-system-x86_64"
+READY = "GODWIT-READY"
+DONE = "GODWIT-DONE"
+OUT = "GODWIT-OUT "
+# Code and variables belong together; the second pair is where releases before Debian 12 kept them.
+OVMF_PAIRS = (
+    (Path("/usr/share/OVMF/OVMF_CODE_4M.fd"), Path("/usr/share/OVMF/OVMF_VARS_4M.fd")),
+    (Path("/usr/share/OVMF/OVMF_CODE.fd"), Path("/usr/share/OVMF/OVMF_VARS.fd")),
+)
+
+
+class BootError(RuntimeError):
+    """A machine did not start, say what was waited for, or stop; the message ends with the console's last lines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """What a machine that has run and powered itself off left behind."""
+
+    ready: str  # the line by which the guest told that it was up
+    output: tuple[str, ...]  # what the commands printed
+    status: int  # of the commands
+    ready_seconds: float  # from starting QEMU to the ready line
+    total_seconds: float  # from starting QEMU to its end
+    console: str
+
+
+class Machine:
+    """A running machine; use as a context manager, so that it never outlives its caller."""
+
+    def __init__(
+        self,
+        disk: Path,
+        *,
+        firmware: Firmware = "ovmf",
+        image_format: str = "vhdx",
+        commands: str | None = None,
+        keep_disk: bool = False,
+        accelerator: str = "tcg",
+        memory_mib: int = 512,
+    ) -> None:
+        """Describe a machine on ``disk``.
+
+        ``commands`` is a line of shell that a guest of ``tests.support.debian_guest`` runs once it is up, and powers
+        off after. With ``keep_disk`` nothing the guest writes reaches the file.
+        """
+        self._disk = disk
+        self._firmware = firmware
+        self._format = image_format
+        self._commands = commands
+        self._keep_disk = keep_disk
+        self._accelerator = accelerator
+        self._memory_mib = memory_mib
+        self._folder: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+
+    def __enter__(self) -> Machine:
+        self._folder = Path(tempfile.mkdtemp(prefix="godwit-qemu-"))
+        try:
+            command = self._command(self._folder)
+            self._started = time.monotonic()
+            with (self._folder / "qemu.log").open("wb") as log:
+                self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def console(self) -> str:
+        """Everything the serial console has printed so far."""
+        assert self._folder is not None
+        path = self._folder / "console"
+        return path.read_bytes().decode("utf-8", "replace").replace("\r", "") if path.exists() else ""
+
+    @property
+    def seconds(self) -> float:
+        """The time since QEMU was started."""
+        return time.monotonic() - self._started
+
+    def wait_for(self, text: str, *, timeout_seconds: float = 240) -> str:
+        """Return the console's first whole line that begins with ``text``. Raises BootError."""
+        assert self._process is not None
+        while True:
+            ended = self._process.poll() is not None
+            for line in self.console.split("\n")[:-1]:
+                if line.startswith(text):
+                    return line
+            if ended:
+                raise BootError(f"the machine ended before it said {text!r}\n{self._tail()}")
+            if self.seconds > timeout_seconds:
+                raise BootError(f"the machine did not say {text!r} within {timeout_seconds:.0f} s\n{self._tail()}")
+            time.sleep(0.1)
+
+    def wait_off(self, *, timeout_seconds: float = 60) -> None:
+        """Return once the machine has powered itself off. Raises BootError."""
+        assert self._process is not None
+        try:
+            status = self._process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            raise BootError(f"the machine did not power off within {timeout_seconds:.0f} s\n{self._tail()}") from None
+        if status != 0:
+            raise BootError(f"QEMU ended with status {status}\n{self._tail()}")
+
+    def kill(self) -> None:
+        """Pull the plug: what the guest had not flushed is lost."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def _command(self, folder: Path) -> list[str]:
+        drive = f"if=none,id=disk,format={self._format},file={_escaped(str(self._disk))},cache=unsafe,discard=unmap"
+        machine = "q35" if self._firmware == "ovmf" else "pc"
+        command = [
+            *(QEMU, "-machine", f"{machine},accel={self._accelerator}", "-m", str(self._memory_mib), "-smp", "1"),
+            *("-nodefaults", "-display", "none", "-vga", "none", "-no-reboot", "-nic", "none"),
+            *("-chardev", f"file,id=console,path={folder / 'console'}", "-serial", "chardev:console"),
+            *("-drive", drive + (",snapshot=on" if self._keep_disk else "")),
+            *("-device", "virtio-blk-pci,drive=disk,bootindex=1", "-device", "virtio-rng-pci"),
+        ]
+        if self._firmware == "ovmf":
+            code, variables = _ovmf()
+            shutil.copyfile(variables, folder / "variables.fd")
+            command += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={code}"]
+            command += ["-drive", f"if=pflash,unit=1,format=raw,file={folder / 'variables.fd'}"]
+        if self._commands is not None:
+            command += ["-smbios", f"type=1,serial={_escaped(f'godwit:{self._commands} #poweroff')}"]
+        return command
+
+    def _tail(self) -> str:
+        assert self._folder is not None
+        log = (self._folder / "qemu.log").read_text(errors="replace")
+        return "\n".join([*log.splitlines()[-5:], "--- console", *self.console.splitlines()[-25:]])
+
+
+def boot(
+    disk: Path,
+    *,
+    firmware: Firmware = "ovmf",
+    image_format: str = "vhdx",
+    commands: str = "true",
+    keep_disk: bool = False,
+    timeout_seconds: float = 240,
+) -> Boot:
+    """Start a guest of ``tests.support.debian_guest``, let it run ``commands`` and power off.
+
+    Raises BootError where it does not come up, does not end, or QEMU complains; the status of the commands is the
+    caller's to judge.
+    """
+    accelerator = os.environ.get("GODWIT_QEMU_ACCEL", "tcg")
+    with Machine(
+        disk,
+        firmware=firmware,
+        image_format=image_format,
+        commands=commands,
+        keep_disk=keep_disk,
+        accelerator=accelerator,
+    ) as machine:
+        ready = machine.wait_for(READY, timeout_seconds=timeout_seconds)
+        ready_seconds = machine.seconds
+        done = machine.wait_for(DONE, timeout_seconds=timeout_seconds)
+        machine.wait_off()
+        console = machine.console
+        return Boot(
+            ready=ready,
+            output=tuple(line.removeprefix(OUT) for line in console.split("\n") if line.startswith(OUT)),
+            status=int(done.rpartition("=")[2]),
+            ready_seconds=ready_seconds,
+            total_seconds=machine.seconds,
+            console=console,
+        )
+
+
+def missing_programs() -> list[str]:
+    """What booting needs and is not installed."""
+    missing = [program for program in (QEMU, "qemu-img") if shutil.which(program) is None]
+    return missing if any(code.exists() for code, _ in OVMF_PAIRS) else [*missing, "OVMF"]
+
+
+def _ovmf() -> tuple[Path, Path]:
+    for code, variables in OVMF_PAIRS:
+        if code.exists() and variables.exists():
+            return code, variables
+    raise BootError("no OVMF firmware is installed; `make setup` installs it")
+
+
+def _escaped(value: str) -> str:
+    return value.replace(",", ",,")
