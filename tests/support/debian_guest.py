@@ -137,9 +137,11 @@ else sh -eu "$GODWIT_WORK/write-root"; fi
 # Makes the ext4 from the folder it is run in, in its place on the disk.
 WRITE_ROOT = f"""\
 # What mmdebstrap mounts below the folder (proc, sys, devices) must not be copied; unmount it for this process alone.
-for mounted in $(awk -v folder="$PWD/" 'index($2, folder) == 1 {{ print $2 }}' /proc/self/mounts | sort -r); do
-    umount -l "$mounted"
+# Parents first: what the host mounted below /sys may only go together with it, and is gone when its turn comes.
+for mounted in $(awk -v folder="$PWD/" 'index($2, folder) == 1 {{ print $2 }}' /proc/self/mounts | sort); do
+    umount -l "$mounted" 2>/dev/null || true
 done
+find dev -type f -delete
 exec mke2fs -q -F -t ext4 -O '^orphan_file,^metadata_csum_seed' -L root -U {ROOT_UUID} \\
     -E offset={ROOT_START_BYTES},hash_seed={ROOT_UUID},root_owner=0:0 -d . "$GODWIT_IMAGE" {ROOT_SIZE_BYTES // 1024}k
 """
