@@ -1,0 +1,373 @@
+"""The store in an S3 bucket. The one module that imports boto3; it is imported only when an S3 store is opened.
+
+A create is a PUT with ``If-None-Match: *``, a replacement a PUT with ``If-Match`` and the ETag, which is the tag.
+Retries are left to ``ResilientStore``: botocore would repeat a PUT that was applied and take the 412 for an answer.
+
+Uploads carry their CRC-32C, which AWS and most others check before they accept an object; it costs a fifteenth of
+what MD5 does. A server that does not hand it back in its answer did not look at it: that upload is then
+compared with its ETag, and from the next one on an MD5 goes along, which all servers check.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import os
+import re
+import ssl
+import struct
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, Literal, TypeAlias
+
+import boto3
+import botocore.exceptions as failures
+import google_crc32c
+from botocore.config import Config
+
+from replica.errors import (
+    ConfigurationError,
+    GodwitError,
+    NoStoreError,
+    ObjectChangedError,
+    ObjectExistsError,
+    ObjectMissingError,
+    StoreError,
+    StoreFullError,
+    StoreRefusedError,
+    StoreUnavailableError,
+)
+from replica.stores.busy import StoreBusyError
+from replica.stores.key import check_key, check_prefix
+from replica.stores.store import ObjectData, ObjectInfo
+
+Checksum: TypeAlias = Literal["crc32c", "md5"]
+
+CONNECT_LIMIT_SECONDS: Final = 10
+READ_LIMIT_SECONDS: Final = 60
+DEFAULT_REGION: Final = "us-east-1"
+
+_CONFIGURATION_FAILURES: Final = (
+    failures.NoCredentialsError,
+    failures.PartialCredentialsError,
+    failures.CredentialRetrievalError,
+    failures.TokenRetrievalError,
+    failures.NoRegionError,
+    failures.ProfileNotFound,
+    failures.ConfigParseError,
+    failures.ParamValidationError,
+    failures.InvalidRegionError,
+    failures.UnknownEndpointError,
+)
+_PASSING_FAILURES: Final = (
+    failures.HTTPClientError,
+    failures.IncompleteReadError,
+    failures.ResponseStreamingError,
+    failures.ReadTimeoutError,
+)
+_CREDENTIALS_HINT: Final = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile of ~/.aws/credentials with ?profile=NAME"
+)
+_PASSING_CODES: Final = frozenset(
+    {"RequestTimeout", "BadDigest", "IncompleteBody", "InternalError", "ConditionalRequestConflict", "OperationAborted"}
+)
+_BUSY_CODES: Final = frozenset(
+    {"SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "ServiceUnavailable"}
+)
+_FULL_CODES: Final = frozenset(
+    {"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "InsufficientStorage", "NoSpaceLeft"}
+)
+_REFUSED_HINTS: Final[Mapping[str, str]] = {
+    "AccessDenied": "allow s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket to these credentials",
+    "InvalidAccessKeyId": "check AWS_ACCESS_KEY_ID, and that it belongs to this endpoint",
+    "SignatureDoesNotMatch": "check AWS_SECRET_ACCESS_KEY, and that the endpoint is written as its owner does",
+    "ExpiredToken": "renew the session credentials",
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "PermanentRedirect": "name the bucket's region with ?region=REGION",
+    "AuthorizationHeaderMalformed": "name the bucket's region with ?region=REGION",
+    "NotImplemented": "choose a store that has conditional writes (AWS S3, MinIO, SeaweedFS, Cloudflare R2, Ceph)",
+}
+_FULL_HINT: Final = "free some space in the store, or raise its quota"
+_MD5_ETAG: Final = re.compile(r'"?([0-9a-f]{32})"?')
+
+
+class S3Store:
+    """Objects in ``bucket`` under ``prefix``. One client serves all threads, with a connection for each of ``workers``.
+
+    ``endpoint`` is another server's URL (AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL name it too); its buckets are
+    addressed by path unless ``path_style`` says otherwise. ``region`` falls back to AWS_REGION, AWS_DEFAULT_REGION and
+    the profile's. Nothing is asked of the server before the first call. Raises ConfigurationError.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str = "",
+        *,
+        endpoint: str | None = None,
+        region: str | None = None,
+        path_style: bool | None = None,
+        profile: str | None = None,
+        checksum: Checksum = "crc32c",
+        workers: int = 8,
+        url: str | None = None,
+    ) -> None:
+        self._bucket = bucket
+        self._prefix = check_key(prefix.strip("/")) + "/" if prefix.strip("/") else ""
+        self._url = url or f"s3://{bucket}/{self._prefix}".rstrip("/")
+        self._checksum: Checksum = checksum
+        self._bucket_seen = False
+        self._lock = threading.Lock()
+        endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+        by_path = path_style if path_style is not None else endpoint is not None
+        config = Config(
+            connect_timeout=CONNECT_LIMIT_SECONDS,
+            read_timeout=READ_LIMIT_SECONDS,
+            max_pool_connections=max(1, workers),
+            tcp_keepalive=True,
+            retries={"total_max_attempts": 1, "mode": "standard"},
+            s3={"addressing_style": "path" if by_path else "auto"},
+            # What botocore would add by itself travels in a framing that many servers do not know.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        try:
+            session = boto3.session.Session(profile_name=profile)
+            region = region or os.environ.get("AWS_REGION") or session.region_name or DEFAULT_REGION
+            self._client: Any = session.client("s3", region_name=region, endpoint_url=endpoint, config=config)
+        except (failures.BotoCoreError, ValueError) as error:
+            raise ConfigurationError(f"cannot use the S3 store {self._url}: {error}") from error
+
+    @property
+    def url(self) -> str:
+        """The address as given; it never holds credentials."""
+        return self._url
+
+    def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
+        """Return the object's bytes or a range of them; see ``Store.get``."""
+        if start == 0 and length is None:
+            return self.get_tagged(key)[0]
+        if length == 0:
+            self.head(key)
+            return b""
+        if start < 0:
+            return self._tail(key, -start, length)
+        last = "" if length is None else str(start + length - 1)
+        return self._get_range(key, f"bytes={start}-{last}", start, length)
+
+    def get_tagged(self, key: str) -> tuple[bytes, str]:
+        """Return the whole object and its ETag; see ``Store.get_tagged``."""
+        with self._translated(key, "read the object"):
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._name(key))
+            with contextlib.closing(answer["Body"]) as body:
+                data: bytes = body.read()
+        _check_length(key, data, answer["ContentLength"])
+        tag: str = answer["ETag"]
+        return data, tag
+
+    def head(self, key: str) -> ObjectInfo:
+        """Return size and ETag; see ``Store.head``."""
+        try:
+            with self._translated(key, "look at the object"):
+                answer = self._client.head_object(Bucket=self._bucket, Key=self._name(key))
+        except ObjectMissingError:
+            self._check_bucket()  # the answer to a HEAD does not say which of the two is missing
+            raise
+        return ObjectInfo(key, answer["ContentLength"], answer["ETag"])
+
+    def create(self, key: str, data: ObjectData) -> str:
+        """Write the object if none exists; see ``Store.create``."""
+        return self._put(key, data, "create the object", {"IfNoneMatch": "*"})
+
+    def replace(self, key: str, data: ObjectData, *, tag: str) -> str:
+        """Write the object if its ETag still is ``tag``; see ``Store.replace``."""
+        try:
+            return self._put(key, data, "replace the object", {"IfMatch": tag})
+        except ObjectChangedError:
+            self.head(key)  # some servers answer the same whether the object was changed or is gone
+            raise
+
+    def delete(self, key: str) -> None:
+        """Remove the object if it is there; see ``Store.delete``."""
+        with contextlib.suppress(ObjectMissingError), self._translated(key, "delete the object"):
+            self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
+
+    def list(self, prefix: str, *, start_after: str = "") -> Iterator[ObjectInfo]:
+        """Yield the objects in key order, a page of 1000 at a time; see ``Store.list``."""
+        request: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + check_prefix(prefix)}
+        if start_after:
+            request["StartAfter"] = self._prefix + start_after
+        return self._pages(request, prefix)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _name(self, key: str) -> str:
+        return self._prefix + check_key(key)
+
+    def _pages(self, request: dict[str, Any], prefix: str) -> Iterator[ObjectInfo]:
+        while True:
+            with self._translated(prefix, "list the objects"):
+                page = self._client.list_objects_v2(**request)
+            for entry in page.get("Contents", []):
+                if not entry["Key"].endswith("/"):  # folder markers that other tools make
+                    yield ObjectInfo(entry["Key"][len(self._prefix) :], entry["Size"], entry["ETag"])
+            token = page.get("NextContinuationToken")
+            if not page.get("IsTruncated") or not token:
+                return
+            request = {**request, "ContinuationToken": token}
+
+    def _tail(self, key: str, count: int, length: int | None) -> bytes:
+        data = self._get_range(key, f"bytes=-{count}", None, count)
+        if length is None:
+            return data
+        # An object shorter than ``count`` begins at its first byte, as a negative index that reaches too far does.
+        return data[:length]
+
+    def _get_range(self, key: str, wanted: str, start: int | None, length: int | None) -> bytes:
+        try:
+            with self._translated(key, "read the object"):
+                answer = self._client.get_object(Bucket=self._bucket, Key=self._name(key), Range=wanted)
+                with contextlib.closing(answer["Body"]) as body:
+                    data: bytes = body.read()
+        except _RangeOutsideError:
+            return b""
+        _check_length(key, data, answer["ContentLength"])
+        if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:  # a server without ranges sends it all
+            return data[start:][:length] if start is not None else data[-(length or 0) :]
+        return data
+
+    def _put(self, key: str, data: ObjectData, operation: str, condition: dict[str, Any]) -> str:
+        content = bytes(data)  # no copy where it is bytes already; botocore takes no memoryview
+        checksum = self._checksum
+        sums: dict[str, Any]
+        if checksum == "crc32c":
+            crc = base64.b64encode(struct.pack(">I", google_crc32c.value(content))).decode()
+            sums = {"ChecksumCRC32C": crc}
+        else:
+            crc = ""
+            sums = {"ContentMD5": base64.b64encode(_md5(content).digest()).decode()}
+        with self._translated(key, operation):
+            answer = self._client.put_object(
+                Bucket=self._bucket, Key=self._name(key), Body=content, **condition, **sums
+            )
+        tag: str = answer["ETag"]
+        if checksum == "crc32c" and answer.get("ChecksumCRC32C") != crc:
+            self._checksum = "md5"
+            found = _MD5_ETAG.fullmatch(tag)
+            if found and found[1] != _md5(content).hexdigest() and "SSEKMSKeyId" not in answer:
+                raise StoreError(
+                    "the store holds other bytes than were sent to it",
+                    key=key,
+                    hint="delete the object; if it happens again, add ?checksum=md5 to the store's address",
+                )
+        return tag
+
+    def _check_bucket(self) -> None:
+        if self._bucket_seen:
+            return
+        try:
+            with self._translated("", "look at the bucket"):
+                self._client.head_bucket(Bucket=self._bucket)
+        except ObjectMissingError as error:
+            raise self._no_bucket() from error
+        except StoreRefusedError:
+            return  # credentials that may not ask
+        self._bucket_seen = True
+
+    def _no_bucket(self) -> NoStoreError:
+        return NoStoreError(
+            f"{self._url}: there is no bucket {self._bucket!r}",
+            hint="create the bucket, or correct its name or endpoint",
+        )
+
+    @contextlib.contextmanager
+    def _translated(self, key: str, operation: str) -> Iterator[None]:
+        """Turn botocore's errors into the store's."""
+        try:
+            yield
+        except failures.ClientError as error:
+            raise self._answer_error(error, key, operation) from error
+        except failures.BotoCoreError as error:
+            raise self._failure_error(error, key, operation) from error
+
+    def _answer_error(self, error: failures.ClientError, key: str, operation: str) -> GodwitError:
+        """Return the error for what the server answered."""
+        details: Mapping[str, Any] = error.response
+        code = str(details.get("Error", {}).get("Code", ""))
+        status = int(details.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        if code == "NoSuchBucket":
+            return self._no_bucket()
+        if status in _OBJECT_ANSWERS:
+            kind, reason = _OBJECT_ANSWERS[status]
+            if status == 412 and operation == "create the object":
+                kind, reason = ObjectExistsError, "the object exists already"
+            return kind(reason, key=key)
+        message = details.get("Error", {}).get("Message", "")
+        reason = f"cannot {operation}: {self._url} answered {status} {code}: {message}"
+        kind = _kind_of_answer(status, code)
+        if kind is StoreBusyError:
+            return StoreBusyError(reason, key=key or None, retry_after_seconds=_retry_after(details))
+        hint = None
+        if kind is StoreFullError:
+            hint = _FULL_HINT
+        elif kind is StoreRefusedError:
+            hint = _REFUSED_HINTS.get(code, _REFUSED_HINTS["AccessDenied"])
+        return kind(reason, key=key or None, hint=hint)
+
+    def _failure_error(self, error: failures.BotoCoreError, key: str, operation: str) -> GodwitError:
+        """Return the error for a request that got no answer."""
+        reason = f"cannot {operation} in {self._url}: {error}"
+        if isinstance(error, _CONFIGURATION_FAILURES):
+            return ConfigurationError(reason, hint=_CREDENTIALS_HINT)
+        if isinstance(error, failures.SSLError) and _is_certificate_trouble(error):
+            hint = "check the endpoint's name, and name its certificate authority with AWS_CA_BUNDLE"
+            return StoreRefusedError(reason, key=key or None, hint=hint)
+        if isinstance(error, _PASSING_FAILURES):
+            hint = "check the endpoint and the network"
+            return StoreUnavailableError(reason, key=key or None, hint=hint)
+        return StoreError(reason, key=key or None)
+
+
+class _RangeOutsideError(StoreError):
+    """The server answered 416: the range begins where the object has ended."""
+
+
+_OBJECT_ANSWERS: Final[Mapping[int, tuple[type[StoreError], str]]] = {
+    404: (ObjectMissingError, "no such object"),
+    412: (ObjectChangedError, "the object was changed by another"),
+    416: (_RangeOutsideError, "the range lies outside the object"),
+}
+
+
+def _kind_of_answer(status: int, code: str) -> type[StoreError]:
+    if status == 507 or code in _FULL_CODES:
+        return StoreFullError
+    if status in (301, 401, 403, 501) or code in _REFUSED_HINTS:
+        return StoreRefusedError
+    if status == 429 or code in _BUSY_CODES:
+        return StoreBusyError
+    if status >= 500 or code in _PASSING_CODES:
+        return StoreUnavailableError
+    return StoreError
+
+
+def _check_length(key: str, data: bytes, promised: int) -> None:
+    if len(data) != promised:
+        raise StoreUnavailableError(f"{len(data)} bytes arrived of {promised}", key=key)
+
+
+def _md5(content: bytes) -> hashlib._Hash:
+    return hashlib.md5(content, usedforsecurity=False)
+
+
+def _retry_after(details: Mapping[str, Any]) -> float | None:
+    """Return what the answer's Retry-After says in seconds; its form as a date is not used by stores."""
+    value = details.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after", "")
+    return float(value) if str(value).isdigit() else None
+
+
+def _is_certificate_trouble(error: BaseException) -> bool:
+    return isinstance(error, ssl.SSLCertVerificationError) or "CERTIFICATE_VERIFY_FAILED" in str(error)
