@@ -4,8 +4,12 @@ A create is a PUT with ``If-None-Match: *``, a replacement a PUT with ``If-Match
 Retries are left to ``ResilientStore``: botocore would repeat a PUT that was applied and take the 412 for an answer.
 
 Uploads carry their CRC-32C, which AWS and most others check before they accept an object; it costs a fifteenth of
-what MD5 does. A server that does not hand it back in its answer did not look at it: that upload is then
-compared with its ETag, and from the next one on an MD5 goes along, which all servers check.
+what MD5 does. A server that does not hand it back in its answer did not look at it: that upload is then compared
+with its ETag, and from the next one on an MD5 goes along, which all servers check.
+
+Listings of AWS come in key order. Servers that keep objects in folders list ``a/b`` before ``a-b``; such a bucket is
+listed folder by folder and each folder sorted here (``listing="folders"``; known servers are recognised, and one that
+is not and lists out of order is refused).
 """
 
 from __future__ import annotations
@@ -17,7 +21,6 @@ import os
 import re
 import ssl
 import struct
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal, TypeAlias
 
@@ -43,6 +46,7 @@ from replica.stores.key import check_key, check_prefix
 from replica.stores.store import ObjectData, ObjectInfo
 
 Checksum: TypeAlias = Literal["crc32c", "md5"]
+Listing: TypeAlias = Literal["flat", "folders"]
 
 CONNECT_LIMIT_SECONDS: Final = 10
 READ_LIMIT_SECONDS: Final = 60
@@ -89,6 +93,7 @@ _REFUSED_HINTS: Final[Mapping[str, str]] = {
     "NotImplemented": "choose a store that has conditional writes (AWS S3, MinIO, SeaweedFS, Cloudflare R2, Ceph)",
 }
 _FULL_HINT: Final = "free some space in the store, or raise its quota"
+_FOLDER_SERVERS: Final = ("SeaweedFS",)
 _MD5_ETAG: Final = re.compile(r'"?([0-9a-f]{32})"?')
 
 
@@ -110,6 +115,8 @@ class S3Store:
         path_style: bool | None = None,
         profile: str | None = None,
         checksum: Checksum = "crc32c",
+        listing: Listing | None = None,
+        page_size: int = 1000,
         workers: int = 8,
         url: str | None = None,
     ) -> None:
@@ -117,8 +124,9 @@ class S3Store:
         self._prefix = check_key(prefix.strip("/")) + "/" if prefix.strip("/") else ""
         self._url = url or f"s3://{bucket}/{self._prefix}".rstrip("/")
         self._checksum: Checksum = checksum
+        self._listing: Listing | None = listing
+        self._page_size = page_size
         self._bucket_seen = False
-        self._lock = threading.Lock()
         endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
         by_path = path_style if path_style is not None else endpoint is not None
         config = Config(
@@ -194,11 +202,16 @@ class S3Store:
             self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
 
     def list(self, prefix: str, *, start_after: str = "") -> Iterator[ObjectInfo]:
-        """Yield the objects in key order, a page of 1000 at a time; see ``Store.list``."""
-        request: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + check_prefix(prefix)}
-        if start_after:
-            request["StartAfter"] = self._prefix + start_after
-        return self._pages(request, prefix)
+        """Yield the objects in key order; see ``Store.list``. Memory: a page, or the largest folder (see module)."""
+        check_prefix(prefix)
+        if self._listing is None:
+            with self._translated(prefix, "list the objects"):
+                answer = self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+            server = answer["ResponseMetadata"]["HTTPHeaders"].get("server", "")
+            self._listing = "folders" if server.startswith(_FOLDER_SERVERS) else "flat"
+        if self._listing == "folders":
+            return self._walk(prefix[: prefix.rfind("/") + 1], prefix, start_after)
+        return self._list_flat(prefix, start_after)
 
     def close(self) -> None:
         """Close the connections."""
@@ -207,17 +220,60 @@ class S3Store:
     def _name(self, key: str) -> str:
         return self._prefix + check_key(key)
 
-    def _pages(self, request: dict[str, Any], prefix: str) -> Iterator[ObjectInfo]:
+    def _list_flat(self, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
+        after = {"StartAfter": self._prefix + start_after} if start_after else {}
+        previous = start_after
+        for page in self._pages(prefix, after):
+            for info in self._objects(page):
+                if info.key <= previous:
+                    raise StoreRefusedError(
+                        f"the store lists keys out of order: this one after {previous}",
+                        key=info.key,
+                        hint="add ?listing=folders to the store's address",
+                    )
+                previous = info.key
+                yield info
+
+    def _walk(self, folder: str, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
+        """Yield what the listing wants of ``folder`` (empty or with its last slash), sorted here."""
+        found: dict[str, ObjectInfo | None] = {}
+        for page in self._pages(folder, {"Delimiter": "/"}):
+            for info in self._objects(page):
+                if info.key.startswith(prefix) and info.key > start_after:
+                    found[info.key] = info
+            for entry in page.get("CommonPrefixes", []):
+                name = entry["Prefix"][len(self._prefix) :]
+                if (name.startswith(prefix) or prefix.startswith(name)) and (
+                    name > start_after or start_after.startswith(name)
+                ):
+                    found[name] = None
+        for name in sorted(found):
+            present = found.pop(name)
+            if present is None:
+                yield from self._walk(name, prefix, start_after)
+            else:
+                yield present
+
+    def _pages(self, prefix: str, options: dict[str, str]) -> Iterator[dict[str, Any]]:
+        request: dict[str, Any] = {
+            "Bucket": self._bucket,
+            "Prefix": self._prefix + prefix,
+            "MaxKeys": self._page_size,
+            **options,
+        }
         while True:
             with self._translated(prefix, "list the objects"):
                 page = self._client.list_objects_v2(**request)
-            for entry in page.get("Contents", []):
-                if not entry["Key"].endswith("/"):  # folder markers that other tools make
-                    yield ObjectInfo(entry["Key"][len(self._prefix) :], entry["Size"], entry["ETag"])
+            yield page
             token = page.get("NextContinuationToken")
             if not page.get("IsTruncated") or not token:
                 return
-            request = {**request, "ContinuationToken": token}
+            request["ContinuationToken"] = token
+
+    def _objects(self, page: dict[str, Any]) -> Iterator[ObjectInfo]:
+        for entry in page.get("Contents", []):
+            if not entry["Key"].endswith("/"):  # folder markers that other tools make
+                yield ObjectInfo(entry["Key"][len(self._prefix) :], entry["Size"], entry["ETag"])
 
     def _tail(self, key: str, count: int, length: int | None) -> bytes:
         data = self._get_range(key, f"bytes=-{count}", None, count)
