@@ -1,0 +1,334 @@
+"""Writing to a VHDX: allocation, sector bitmaps, trim and flush, over the log.
+
+What a crash leaves, at any instant:
+
+- After ``flush`` has returned, everything written or trimmed before it.
+- Of what was written or trimmed since, each 512-byte sector reads as before or as after, independently of others.
+- Metadata is whole: the disk opens, and no block is used twice. At worst blocks at the file's end belong to nobody.
+
+How: payload goes straight to the file, to blocks that the disk has or to fresh ones that nothing refers to yet.
+Changes of the BAT and of sector bitmaps stay in memory. ``flush`` first flushes the payload, then commits the changes
+through the log, sector bitmaps before the BAT and the BAT from its end to its start, so that wherever a crash cuts
+between two log entries, bits are there before the block state that makes them count, and a sector bitmap block
+(whose entry stands behind those of its payload blocks) before the payload state that needs it. A block that was freed
+is used again only after the commit that freed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+from uuid import uuid4
+
+import numpy as np
+
+from vhdx.bat import Bat
+from vhdx.disk import ReadableBuffer
+from vhdx.errors import DiskError, OutOfRangeError
+from vhdx.headers import GuidFactory, HeaderPair
+from vhdx.journal import Journal, sector_write
+from vhdx.pending import PendingSectors
+from vhdx.structures import (
+    BAT_ENTRY_SIZE,
+    MIB,
+    SECTOR_BITMAP_BLOCK_SIZE,
+    BitmapState,
+    PayloadState,
+    decode_bat_entry,
+    encode_bat_entry,
+)
+
+MAX_PENDING_SECTORS: Final = 96  # a commit of so many fits one log entry
+TRIM_WINDOW_BLOCKS: Final = 1 << 16
+ZEROS: Final = memoryview(bytes(MIB))
+SECTOR_ENTRIES: Final = 4096 // BAT_ENTRY_SIZE
+
+ReadInto = Callable[[int, memoryview], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of a request that lies in one payload block: [start, end) of the disk, ``place`` in the file."""
+
+    block: int
+    start: int
+    end: int
+    place: int
+    fresh: PayloadState | None  # the state that a newly allocated block is to have, None where it has one
+
+
+class Writer:
+    """The writing half of an open VHDX; one thread at a time.
+
+    ``pending`` is the file as ``bat`` and the sector bitmaps are read through it; ``read_into`` reads the virtual disk
+    through all parents. ``keeps_blocks`` (a fixed disk) makes trim zero blocks in place.
+    """
+
+    def __init__(
+        self,
+        pending: PendingSectors,
+        bat: Bat,
+        *,
+        read_into: ReadInto,
+        keeps_blocks: bool = False,
+        headers: HeaderPair | None = None,
+        new_guid: GuidFactory = uuid4,
+    ) -> None:
+        self.file = pending.file
+        self.bat = bat
+        self.geometry = bat.geometry
+        self.headers = headers or HeaderPair(self.file, new_guid)
+        self.journal = Journal(self.file, self.headers, new_guid)
+        self._pending = pending
+        self._read_into = read_into
+        self._keeps_blocks = keeps_blocks
+        self._changed_bat: set[int] = set()  # sectors of the BAT, by number
+        self._end = -(-self.file.size() // MIB) * MIB  # where the next block may go
+        self._freed: list[int] = []  # blocks freed since the last commit
+        self._free: list[int] = []  # blocks free for use, their places zeroed
+        self._failure: DiskError | None = None
+
+    # -- requests -------------------------------------------------------------------------------------------------
+
+    def write_at(self, offset: int, data: ReadableBuffer) -> None:
+        """Write ``data`` at ``offset`` of the disk. Raises OutOfRangeError, OsError."""
+        view = memoryview(data).cast("B")
+        self._check(offset, len(view))
+        if not view:
+            return
+        self.headers.begin_data_change()
+        if self.geometry.has_parent:
+            self._write_child(offset, view)
+        else:
+            self._write_pieces(offset, view)
+        self._commit_if_many()
+
+    def trim(self, offset: int, length: int) -> None:
+        """Make the range read as zeros; whole blocks are given back unless the disk keeps its blocks."""
+        self._check(offset, length)
+        if not length:
+            return
+        self.headers.begin_data_change()
+        block_size = self.geometry.block_size
+        end = offset + length
+        # The last block is whole when the trim reaches the disk's end.
+        first = -(-offset // block_size)
+        last = self.geometry.block_count if end == self.geometry.virtual_size else end // block_size
+        if first >= last or self._keeps_blocks:
+            self._zero(offset, end)
+            return
+        self._zero(offset, min(end, first * block_size))
+        for window in range(first, last, TRIM_WINDOW_BLOCKS):
+            self._free_blocks(window, min(last, window + TRIM_WINDOW_BLOCKS))
+        if last * block_size < end:
+            self._zero(last * block_size, end)
+
+    def flush(self) -> None:
+        """Return once everything written and trimmed is on stable storage and would survive a crash."""
+        self._check(0, 0)
+        with self._failing():
+            self.file.fsync()
+            self._commit()
+
+    def close(self) -> None:
+        """Flush and empty the log. After a failure nothing is written: the next open replays what was committed."""
+        if self._failure is None:
+            self.flush()
+            with self._failing():
+                self.journal.close()
+
+    def _check(self, offset: int, length: int) -> None:
+        if self._failure is not None:
+            raise DiskError(
+                f"the disk takes no more writes since one failed: {self._failure.message}",
+                path=str(self.file.path),
+                hint="close it and open it again: what was flushed is safe",
+            )
+        if offset < 0 or length < 0 or offset + length > self.geometry.virtual_size:
+            raise OutOfRangeError(
+                f"{length} bytes at {offset} reach outside the disk of {self.geometry.virtual_size} bytes",
+                path=str(self.file.path),
+            )
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    def _write_child(self, offset: int, view: memoryview) -> None:
+        """Write to a differencing disk, whose bitmap knows whole sectors only: complete the first and the last."""
+        sector = self.geometry.sector_size
+        end = offset + len(view)
+        first, last = -(-offset // sector) * sector, end // sector * sector
+        if first > last:  # inside one sector
+            self._write_completed(last, offset, view)
+            return
+        if offset < first:
+            self._write_completed(first - sector, offset, view[: first - offset])
+        if first < last:
+            self._write_pieces(first, view[first - offset : last - offset])
+        if last < end:
+            self._write_completed(last, last, view[last - offset :])
+
+    def _write_completed(self, sector_start: int, offset: int, part: memoryview) -> None:
+        whole = bytearray(self.geometry.sector_size)
+        self._read_into(sector_start, memoryview(whole))
+        whole[offset - sector_start : offset - sector_start + len(part)] = part
+        self._write_pieces(sector_start, memoryview(whole))
+
+    def _write_pieces(self, offset: int, view: memoryview) -> None:
+        """Write to the file, then note it in the BAT and bitmaps: a failed write leaves both as they were."""
+        pieces = list(self._pieces(offset, offset + len(view)))
+        with self._failing():
+            for start, end, place in _file_runs(pieces):
+                self.file.pwrite(place, view[start - offset : end - offset])
+        for piece in pieces:
+            self._note_written(piece)
+
+    def _pieces(self, start: int, end: int) -> Iterator[_Piece]:
+        block_size = self.geometry.block_size
+        while start < end:
+            block, within = divmod(start, block_size)
+            stop = min(end, (block + 1) * block_size)
+            state, place = decode_bat_entry(self.bat.payload_entry(block))
+            fresh = None
+            if state not in (PayloadState.FULLY_PRESENT, PayloadState.PARTIALLY_PRESENT):
+                whole = within == 0 and stop == min((block + 1) * block_size, self.geometry.virtual_size)
+                parent_shines = self.geometry.has_parent and state == PayloadState.NOT_PRESENT
+                fresh = PayloadState.PARTIALLY_PRESENT if parent_shines and not whole else PayloadState.FULLY_PRESENT
+                place = self.allocate_block()
+            yield _Piece(block, start, stop, place + within, fresh)
+            start = stop
+
+    def _note_written(self, piece: _Piece) -> None:
+        state = piece.fresh
+        if state is None:
+            state = PayloadState(self.bat.payload_entry(piece.block) & 7)
+        if state == PayloadState.PARTIALLY_PRESENT:
+            self._note_sectors(piece)
+        if piece.fresh is not None:
+            within = piece.start % self.geometry.block_size
+            self.set_payload_entry(piece.block, piece.fresh, piece.place - within)
+
+    def _note_sectors(self, piece: _Piece) -> None:
+        """Set the bits of the piece's sectors, those of the whole block first cleared where it is fresh."""
+        geometry = self.geometry
+        chunk, byte = geometry.bitmap_place(piece.block)
+        state, bitmap = decode_bat_entry(self.bat.bitmap_entry(chunk))
+        if state != BitmapState.PRESENT:
+            bitmap = self._extend(SECTOR_BITMAP_BLOCK_SIZE)
+            self._set_entry(geometry.bitmap_index(chunk), encode_bat_entry(BitmapState.PRESENT, bitmap))
+        first_bit = byte * 8
+        if piece.fresh is not None:
+            self._pending.set_bits(bitmap, first_bit, first_bit + geometry.sectors_per_block, value=False)
+        block_start = piece.block * geometry.block_size
+        self._pending.set_bits(
+            bitmap,
+            first_bit + (piece.start - block_start) // geometry.sector_size,
+            first_bit + (piece.end - block_start) // geometry.sector_size,
+        )
+
+    # -- trimming -------------------------------------------------------------------------------------------------
+
+    def _zero(self, start: int, end: int) -> None:
+        """Make [start, end) read as zeros, block by block, without changing which blocks the disk has."""
+        block_size = self.geometry.block_size
+        while start < end:
+            block, within = divmod(start, block_size)
+            stop = min(end, (block + 1) * block_size)
+            state, place = decode_bat_entry(self.bat.payload_entry(block))
+            if state == PayloadState.FULLY_PRESENT:
+                with self._failing():
+                    self.file.punch_hole(place + within, stop - start)
+            elif self.geometry.has_parent and state in (PayloadState.NOT_PRESENT, PayloadState.PARTIALLY_PRESENT):
+                for piece in range(start, stop, MIB):
+                    self._write_child(piece, ZEROS[: min(MIB, stop - piece)])
+            start = stop
+        self._commit_if_many()
+
+    def _free_blocks(self, first: int, last: int) -> None:
+        """Give the blocks of [first, last) the state that reads as zeros, and their places back."""
+        states = self.bat.payload_states(first, last)
+        present = (states == PayloadState.FULLY_PRESENT) | (states == PayloadState.PARTIALLY_PRESENT)
+        # Where no parent can shine through, a block without a place reads as zeros already.
+        stay = (states == PayloadState.ZERO) if self.geometry.has_parent else ~present
+        for block in (np.flatnonzero(~stay) + first).tolist():
+            state, place = decode_bat_entry(self.bat.payload_entry(block))
+            self.set_payload_entry(block, PayloadState.ZERO)
+            if state in (PayloadState.FULLY_PRESENT, PayloadState.PARTIALLY_PRESENT):
+                self._freed.append(place)
+            self._commit_if_many()
+
+    # -- metadata -------------------------------------------------------------------------------------------------
+
+    def allocate_block(self) -> int:
+        """Return a place in the file for a payload block, all zeros, that nothing refers to."""
+        return self._free.pop() if self._free else self._extend(self.geometry.block_size)
+
+    def _extend(self, length: int) -> int:
+        place = self._end
+        with self._failing():
+            self.file.truncate(place + length)
+        self._end += length
+        return place
+
+    def set_payload_entry(self, block: int, state: PayloadState, place: int = 0) -> None:
+        """Change a payload block's BAT entry, in memory until the next commit."""
+        self._set_entry(self.geometry.payload_index(block), encode_bat_entry(state, place))
+
+    def _set_entry(self, index: int, entry: int) -> None:
+        self.bat.set_entry(index, entry)
+        self._changed_bat.add(index // SECTOR_ENTRIES)
+
+    def _commit_if_many(self) -> None:
+        if len(self._changed_bat) + len(self._pending) >= MAX_PENDING_SECTORS:
+            self.flush()
+
+    def _commit(self) -> None:
+        """Commit what is pending, in the order that the module's first lines explain. The payload is flushed."""
+        writes = [sector_write(offset, content) for offset, content in self._pending.contents()]
+        descending = sorted(self._changed_bat, reverse=True)
+        writes += [sector_write(*self.bat.sector(number * SECTOR_ENTRIES)) for number in descending]
+        if not writes:
+            return
+        self.journal.commit_all(writes, data_is_flushed=True)
+        self._pending.clear()
+        self._changed_bat.clear()
+        self.bat.release()
+        for place in self._freed:
+            self.file.punch_hole(place, self.geometry.block_size)
+        self._free += self._freed
+        self._freed.clear()
+
+    def _failing(self) -> _Failing:
+        return _Failing(self)
+
+    def fail(self, error: DiskError) -> None:
+        """Take no more writes: the file may not hold what memory says."""
+        self._failure = error
+
+
+class _Failing:
+    """Around calls that write to the file: the first that fails is the last that is tried."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, DiskError):
+            self._writer.fail(error)
+
+
+def _file_runs(pieces: list[_Piece]) -> Iterator[tuple[int, int, int]]:
+    """Yield start and end on the disk and place in the file, pieces that are neighbours in the file as one."""
+    start = end = place = 0
+    for piece in pieces:
+        if start < end and piece.place == place + end - start:
+            end = piece.end
+            continue
+        if start < end:
+            yield start, end, place
+        start, end, place = piece.start, piece.end, piece.place
+    if start < end:
+        yield start, end, place
