@@ -2,6 +2,8 @@
 
 QEMU opens the disk image itself (VHDX included), so what boots is what Godwit wrote. The firmware is OVMF for a
 Generation 2 machine, with variables that no boot has touched, or SeaBIOS for a Generation 1 machine.
+
+Run as a program it starts a machine to log in to, on this terminal: ``python -m tests.support.qemu DISK.vhdx``.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -44,6 +47,17 @@ class Boot:
     console: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Setup:
+    disk: Path
+    firmware: Firmware
+    image_format: str
+    commands: str | None
+    keep_disk: bool
+    accelerator: str
+    memory_mib: int
+
+
 class Machine:
     """A running machine; use as a context manager, so that it never outlives its caller."""
 
@@ -55,21 +69,17 @@ class Machine:
         image_format: str = "vhdx",
         commands: str | None = None,
         keep_disk: bool = False,
-        accelerator: str = "tcg",
+        accelerator: str | None = None,
         memory_mib: int = 512,
     ) -> None:
         """Describe a machine on ``disk``.
 
         ``commands`` is a line of shell that a guest of ``tests.support.debian_guest`` runs once it is up, and powers
-        off after. With ``keep_disk`` nothing the guest writes reaches the file.
+        off after. With ``keep_disk`` nothing the guest writes reaches the file. The accelerator is
+        GODWIT_QEMU_ACCEL's unless given, and without that emulation, which every machine can do.
         """
-        self._disk = disk
-        self._firmware = firmware
-        self._format = image_format
-        self._commands = commands
-        self._keep_disk = keep_disk
-        self._accelerator = accelerator
-        self._memory_mib = memory_mib
+        accelerator = accelerator or os.environ.get("GODWIT_QEMU_ACCEL", "tcg")
+        self._setup = _Setup(disk, firmware, image_format, commands, keep_disk, accelerator, memory_mib)
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
@@ -77,7 +87,8 @@ class Machine:
     def __enter__(self) -> Machine:
         self._folder = Path(tempfile.mkdtemp(prefix="godwit-qemu-"))
         try:
-            command = self._command(self._folder)
+            console = f"file,id=console,path={self._folder / 'console'}"
+            command = _command(self._setup, self._folder, ["-chardev", console, "-serial", "chardev:console"])
             self._started = time.monotonic()
             with (self._folder / "qemu.log").open("wb") as log:
                 self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -134,24 +145,11 @@ class Machine:
         self._process.kill()
         self._process.wait()
 
-    def _command(self, folder: Path) -> list[str]:
-        drive = f"if=none,id=disk,format={self._format},file={_escaped(str(self._disk))},cache=unsafe,discard=unmap"
-        machine = "q35" if self._firmware == "ovmf" else "pc"
-        command = [
-            *(QEMU, "-machine", f"{machine},accel={self._accelerator}", "-m", str(self._memory_mib), "-smp", "1"),
-            *("-nodefaults", "-display", "none", "-vga", "none", "-no-reboot", "-nic", "none"),
-            *("-chardev", f"file,id=console,path={folder / 'console'}", "-serial", "chardev:console"),
-            *("-drive", drive + (",snapshot=on" if self._keep_disk else "")),
-            *("-device", "virtio-blk-pci,drive=disk,bootindex=1", "-device", "virtio-rng-pci"),
-        ]
-        if self._firmware == "ovmf":
-            code, variables = _ovmf()
-            shutil.copyfile(variables, folder / "variables.fd")
-            command += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={code}"]
-            command += ["-drive", f"if=pflash,unit=1,format=raw,file={folder / 'variables.fd'}"]
-        if self._commands is not None:
-            command += ["-smbios", f"type=1,serial={_escaped(f'godwit:{self._commands} #poweroff')}"]
-        return command
+    def run_here(self) -> int:
+        """Run the machine with its serial console on this terminal until it is powered off; return QEMU's status."""
+        with tempfile.TemporaryDirectory(prefix="godwit-qemu-") as name:
+            command = _command(self._setup, Path(name), ["-serial", "mon:stdio"])
+            return subprocess.run(command, check=False).returncode
 
     def _tail(self) -> str:
         assert self._folder is not None
@@ -173,15 +171,7 @@ def boot(
     Raises BootError where it does not come up, does not end, or QEMU complains; the status of the commands is the
     caller's to judge.
     """
-    accelerator = os.environ.get("GODWIT_QEMU_ACCEL", "tcg")
-    with Machine(
-        disk,
-        firmware=firmware,
-        image_format=image_format,
-        commands=commands,
-        keep_disk=keep_disk,
-        accelerator=accelerator,
-    ) as machine:
+    with Machine(disk, firmware=firmware, image_format=image_format, commands=commands, keep_disk=keep_disk) as machine:
         ready = machine.wait_for(READY, timeout_seconds=timeout_seconds)
         ready_seconds = machine.seconds
         done = machine.wait_for(DONE, timeout_seconds=timeout_seconds)
@@ -203,6 +193,27 @@ def missing_programs() -> list[str]:
     return missing if any(code.exists() for code, _ in OVMF_PAIRS) else [*missing, "OVMF"]
 
 
+def _command(setup: _Setup, folder: Path, console: list[str]) -> list[str]:
+    """The QEMU command line; ``folder`` takes the machine's own copy of the firmware's variables."""
+    # The host does not crash while a test runs: what the guest flushes need not reach the host's disk at once.
+    drive = f"if=none,id=disk,format={setup.image_format},file={_escaped(str(setup.disk))},cache=unsafe,discard=unmap"
+    machine = "q35" if setup.firmware == "ovmf" else "pc"
+    command = [
+        *(QEMU, "-machine", f"{machine},accel={setup.accelerator}", "-m", str(setup.memory_mib), "-smp", "1"),
+        *("-nodefaults", "-display", "none", "-vga", "none", "-no-reboot", "-nic", "none", *console),
+        *("-drive", drive + (",snapshot=on" if setup.keep_disk else "")),
+        *("-device", "virtio-blk-pci,drive=disk,bootindex=1", "-device", "virtio-rng-pci"),
+    ]
+    if setup.firmware == "ovmf":
+        code, variables = _ovmf()
+        shutil.copyfile(variables, folder / "variables.fd")
+        command += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={code}"]
+        command += ["-drive", f"if=pflash,unit=1,format=raw,file={folder / 'variables.fd'}"]
+    if setup.commands is not None:
+        command += ["-smbios", f"type=1,serial={_escaped(f'godwit:{setup.commands} #poweroff')}"]
+    return command
+
+
 def _ovmf() -> tuple[Path, Path]:
     for code, variables in OVMF_PAIRS:
         if code.exists() and variables.exists():
@@ -212,3 +223,14 @@ def _ovmf() -> tuple[Path, Path]:
 
 def _escaped(value: str) -> str:
     return value.replace(",", ",,")
+
+
+def main() -> int:
+    """Start a machine on the disk that the first argument names, with its console here."""
+    disk = Path(sys.argv[1])
+    print("Log in as root, password godwit; `poweroff` ends the machine, Ctrl-A X pulls its plug.", flush=True)
+    return Machine(disk, image_format=disk.suffix.removeprefix(".")).run_here()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
