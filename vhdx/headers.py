@@ -12,22 +12,31 @@ from dataclasses import replace
 from typing import TypeAlias
 from uuid import UUID
 
-from vhdx.errors import CorruptDiskError
+from vhdx.image import HeaderChoice
 from vhdx.osfile import File
-from vhdx.structures import HEADER_OFFSETS, HEADER_SIZE, ZERO_GUID, Header
+from vhdx.structures import HEADER_OFFSETS, ZERO_GUID, Header
 
 GuidFactory: TypeAlias = Callable[[], UUID]
+OnUpdate: TypeAlias = Callable[[HeaderChoice], None]
 
 
 class HeaderPair:
-    """Both headers of a file that is open for writing; ``current`` is the one in force."""
+    """Both headers of a file that is open for writing. ``on_update`` is told of each that comes into force."""
 
-    def __init__(self, file: File, new_guid: GuidFactory) -> None:
+    def __init__(
+        self, file: File, choice: HeaderChoice, new_guid: GuidFactory, on_update: OnUpdate | None = None
+    ) -> None:
         self._file = file
         self._new_guid = new_guid
-        self._slot, self.current = _in_force(file)
+        self._on_update = on_update
         self._file_guid_is_new = False
         self._data_guid_is_new = False
+        self.choice = choice
+
+    @property
+    def current(self) -> Header:
+        """The header in force."""
+        return self.choice.header
 
     def begin_change(self) -> None:
         """Give the file a new FileWriteGuid. Needed before its first change after an open, replay included."""
@@ -61,24 +70,9 @@ class HeaderPair:
     def _update(self, header: Header) -> None:
         for _ in HEADER_OFFSETS:
             header = replace(header, sequence_number=self.current.sequence_number + 1)
-            self._slot = 1 - self._slot
-            self._file.pwrite(HEADER_OFFSETS[self._slot], header.encode())
+            slot = 1 - self.choice.slot
+            self._file.pwrite(HEADER_OFFSETS[slot], header.encode())
             self._file.fsync()
-            self.current = header
-
-
-def _in_force(file: File) -> tuple[int, Header]:
-    """Return the number of the header in force, and the header."""
-    best: tuple[int, Header] | None = None
-    trouble: CorruptDiskError | None = None
-    for slot, offset in enumerate(HEADER_OFFSETS):
-        try:
-            header = Header.decode(file.pread(offset, HEADER_SIZE), offset=offset)
-        except CorruptDiskError as error:
-            trouble = error
-            continue
-        if best is None or header.sequence_number > best[1].sequence_number:
-            best = slot, header
-    if best is None:
-        raise CorruptDiskError("neither header is valid", path=str(file.path)) from trouble
-    return best
+            self.choice = HeaderChoice(header, slot, (None, None))
+            if self._on_update is not None:
+                self._on_update(self.choice)

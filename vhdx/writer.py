@@ -16,18 +16,22 @@ is used again only after the commit that freed it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Final, TypeAlias
 from uuid import uuid4
 
 import numpy as np
 
-from vhdx.bat import Bat
+from vhdx.chain import open_vhdx
 from vhdx.disk import ReadableBuffer
-from vhdx.errors import DiskError, OutOfRangeError
+from vhdx.errors import CorruptDiskError, DiskError, OutOfRangeError
 from vhdx.headers import GuidFactory, HeaderPair
-from vhdx.journal import Journal, sector_write
+from vhdx.image import HeaderChoice, VhdxImage
+from vhdx.journal import Journal, replay_to_disk, sector_write
+from vhdx.log import ReplayPlan
+from vhdx.osfile import OS_FILES, File, Files
 from vhdx.pending import PendingSectors
 from vhdx.structures import (
     BAT_ENTRY_SIZE,
@@ -38,13 +42,48 @@ from vhdx.structures import (
     decode_bat_entry,
     encode_bat_entry,
 )
+from vhdx.vhdx import VhdxDisk
 
 MAX_PENDING_SECTORS: Final = 96  # a commit of so many fits one log entry
 TRIM_WINDOW_BLOCKS: Final = 1 << 16
+SCAN_ENTRIES: Final = 1 << 20
 ZEROS: Final = memoryview(bytes(MIB))
 SECTOR_ENTRIES: Final = 4096 // BAT_ENTRY_SIZE
 
-ReadInto = Callable[[int, memoryview], None]
+PRESENT: Final = (PayloadState.FULLY_PRESENT, PayloadState.PARTIALLY_PRESENT)
+
+ReadInto: TypeAlias = Callable[[int, memoryview], None]
+
+
+def open_writable(
+    path: Path | str,
+    *,
+    allowed_folders: Sequence[Path | str] = (),
+    files: Files = OS_FILES,
+    new_guid: GuidFactory = uuid4,
+    with_parents: bool = True,
+) -> VhdxDisk:
+    """Open a VHDX for reading and writing, its log replayed to disk first; parents are opened for reading only.
+
+    Nothing is written before the first change, other than the replay. Writing changes the disk's DataWriteGuid, so
+    children that were made of it are refused from then on. Raises as ``open_vhdx`` does, and DiskBusyError.
+    """
+
+    def recover(file: File, choice: HeaderChoice, plan: ReplayPlan) -> HeaderChoice:
+        headers = HeaderPair(file, choice, new_guid)
+        replay_to_disk(file, headers, plan)
+        return headers.choice
+
+    disk = open_vhdx(
+        path,
+        writable=True,
+        allowed_folders=allowed_folders,
+        files=files,
+        recover=recover,
+        with_parents=with_parents,
+    )
+    disk.writer = Writer(disk.image, read_into=disk.read_into, new_guid=new_guid)
+    return disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,33 +100,31 @@ class _Piece:
 class Writer:
     """The writing half of an open VHDX; one thread at a time.
 
-    ``pending`` is the file as ``bat`` and the sector bitmaps are read through it; ``read_into`` reads the virtual disk
-    through all parents. ``keeps_blocks`` (a fixed disk) makes trim zero blocks in place.
+    It puts a view into ``image`` that shows what is not committed yet. ``read_into`` reads the virtual disk through
+    all parents. In a disk that keeps its blocks (a fixed one) trim zeroes them in place.
     """
 
-    def __init__(
-        self,
-        pending: PendingSectors,
-        bat: Bat,
-        *,
-        read_into: ReadInto,
-        keeps_blocks: bool = False,
-        headers: HeaderPair | None = None,
-        new_guid: GuidFactory = uuid4,
-    ) -> None:
-        self.file = pending.file
-        self.bat = bat
-        self.geometry = bat.geometry
-        self.headers = headers or HeaderPair(self.file, new_guid)
+    def __init__(self, image: VhdxImage, *, read_into: ReadInto, new_guid: GuidFactory = uuid4) -> None:
+        self._image = image
+        self.file = image.file
+        self.bat = image.bat
+        self.geometry = image.geometry
+        choice = HeaderChoice(image.header, image.slot, image.header_faults)
+        self.headers = HeaderPair(image.file, choice, new_guid, self._note_header)
         self.journal = Journal(self.file, self.headers, new_guid)
-        self._pending = pending
+        self._pending = PendingSectors(image.file)
+        image.view = self._pending
         self._read_into = read_into
-        self._keeps_blocks = keeps_blocks
+        self._keeps_blocks = image.metadata.file_parameters.leave_blocks_allocated
         self._changed_bat: set[int] = set()  # sectors of the BAT, by number
-        self._end = -(-self.file.size() // MIB) * MIB  # where the next block may go
+        self._end = 0  # where the next block may go; 0 until one is needed
         self._freed: list[int] = []  # blocks freed since the last commit
         self._free: list[int] = []  # blocks free for use, their places zeroed
         self._failure: DiskError | None = None
+        self._closed = False
+
+    def _note_header(self, choice: HeaderChoice) -> None:
+        self._image.header, self._image.slot = choice.header, choice.slot
 
     # -- requests -------------------------------------------------------------------------------------------------
 
@@ -97,7 +134,7 @@ class Writer:
         self._check(offset, len(view))
         if not view:
             return
-        self.headers.begin_data_change()
+        self._begin_data_change()
         if self.geometry.has_parent:
             self._write_child(offset, view)
         else:
@@ -109,7 +146,7 @@ class Writer:
         self._check(offset, length)
         if not length:
             return
-        self.headers.begin_data_change()
+        self._begin_data_change()
         block_size = self.geometry.block_size
         end = offset + length
         # The last block is whole when the trim reaches the disk's end.
@@ -133,10 +170,15 @@ class Writer:
 
     def close(self) -> None:
         """Flush and empty the log. After a failure nothing is written: the next open replays what was committed."""
-        if self._failure is None:
+        if self._failure is None and not self._closed:
+            self._closed = True
             self.flush()
             with self._failing():
                 self.journal.close()
+
+    def _begin_data_change(self) -> None:
+        with self._failing():
+            self.headers.begin_data_change()
 
     def _check(self, offset: int, length: int) -> None:
         if self._failure is not None:
@@ -188,9 +230,9 @@ class Writer:
         while start < end:
             block, within = divmod(start, block_size)
             stop = min(end, (block + 1) * block_size)
-            state, place = decode_bat_entry(self.bat.payload_entry(block))
+            state, place = self._block(block)
             fresh = None
-            if state not in (PayloadState.FULLY_PRESENT, PayloadState.PARTIALLY_PRESENT):
+            if state not in PRESENT:
                 whole = within == 0 and stop == min((block + 1) * block_size, self.geometry.virtual_size)
                 parent_shines = self.geometry.has_parent and state == PayloadState.NOT_PRESENT
                 fresh = PayloadState.PARTIALLY_PRESENT if parent_shines and not whole else PayloadState.FULLY_PRESENT
@@ -213,7 +255,9 @@ class Writer:
         geometry = self.geometry
         chunk, byte = geometry.bitmap_place(piece.block)
         state, bitmap = decode_bat_entry(self.bat.bitmap_entry(chunk))
-        if state != BitmapState.PRESENT:
+        if state == BitmapState.PRESENT:
+            self._check_place(f"the sector bitmap of chunk {chunk}", bitmap, SECTOR_BITMAP_BLOCK_SIZE)
+        else:
             bitmap = self._extend(SECTOR_BITMAP_BLOCK_SIZE)
             self._set_entry(geometry.bitmap_index(chunk), encode_bat_entry(BitmapState.PRESENT, bitmap))
         first_bit = byte * 8
@@ -234,7 +278,7 @@ class Writer:
         while start < end:
             block, within = divmod(start, block_size)
             stop = min(end, (block + 1) * block_size)
-            state, place = decode_bat_entry(self.bat.payload_entry(block))
+            state, place = self._block(block)
             if state == PayloadState.FULLY_PRESENT:
                 with self._failing():
                     self.file.punch_hole(place + within, stop - start)
@@ -251,9 +295,9 @@ class Writer:
         # Where no parent can shine through, a block without a place reads as zeros already.
         stay = (states == PayloadState.ZERO) if self.geometry.has_parent else ~present
         for block in (np.flatnonzero(~stay) + first).tolist():
-            state, place = decode_bat_entry(self.bat.payload_entry(block))
+            state, place = self._block(block)
             self.set_payload_entry(block, PayloadState.ZERO)
-            if state in (PayloadState.FULLY_PRESENT, PayloadState.PARTIALLY_PRESENT):
+            if state in PRESENT:
                 self._freed.append(place)
             self._commit_if_many()
 
@@ -264,11 +308,45 @@ class Writer:
         return self._free.pop() if self._free else self._extend(self.geometry.block_size)
 
     def _extend(self, length: int) -> int:
+        if not self._end:
+            self._end = self._find_end()
         place = self._end
         with self._failing():
             self.file.truncate(place + length)
         self._end += length
         return place
+
+    def _find_end(self) -> int:
+        """Return the first MiB past the file and past every block, some of which a cut file may lack."""
+        end = self.file.size()
+        for start in range(0, self.geometry.entry_count, SCAN_ENTRIES):
+            entries = self.bat.get_range(start, min(self.geometry.entry_count, start + SCAN_ENTRIES))
+            states = entries & np.uint64(7)
+            places = entries[states >= PayloadState.FULLY_PRESENT] & np.uint64(~0xFFFFF & (1 << 63) - 1)
+            if len(places):
+                end = max(end, int(places.max()) + self.geometry.block_size)
+        return -(-end // MIB) * MIB
+
+    def _block(self, block: int) -> tuple[int, int]:
+        """Return state and place of a payload block. Raises CorruptDiskError where writing there would do harm."""
+        entry = self.bat.payload_entry(block)
+        state, place = decode_bat_entry(entry)
+        bad = (4, 5) if self.geometry.has_parent else (4, 5, PayloadState.PARTIALLY_PRESENT)
+        if state in bad:
+            raise CorruptDiskError(f"payload block {block} has state {state}", path=str(self.file.path))
+        if state in PRESENT:
+            place = self._image.block_offset(block, entry)
+            self._check_place(f"payload block {block}", place, self.geometry.block_size)
+        return state, place
+
+    def _check_place(self, name: str, place: int, length: int) -> None:
+        """Raise CorruptDiskError where a block lies on the log or on a region: writing to it would destroy them."""
+        log = (self.headers.current.log_offset, self.headers.current.log_length)
+        for start, size in (log, *((region.offset, region.length) for region in self._image.regions.entries)):
+            if place < start + size and start < place + length:
+                raise CorruptDiskError(
+                    f"{name} lies on the disk's own structures", path=str(self.file.path), offset=place
+                )
 
     def set_payload_entry(self, block: int, state: PayloadState, place: int = 0) -> None:
         """Change a payload block's BAT entry, in memory until the next commit."""
