@@ -1,0 +1,173 @@
+"""The allocation map and the change map of a chain, from BATs and sector bitmaps alone: payload is never read.
+
+Both work on kinds: for each unit of the disk and each link of the chain, whether the link is clear there (its parent
+shows through), zero, data, or partial. Units are the smallest block size of the chain; partial ones are looked at
+again, sector by sector. Everything is whole numpy arrays, window by window: a window has at most ``WINDOW_UNITS``
+units and its partial ones at most ``WINDOW_SECTORS`` sectors, which bounds the memory whatever the disk's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from vhdx.disk import Extents
+from vhdx.errors import CorruptDiskError
+from vhdx.extents import clipped, merged, runs_of
+from vhdx.image import VhdxImage
+from vhdx.structures import BAT_ENTRY_SIZE, PayloadState
+
+WINDOW_UNITS = 1 << 20
+WINDOW_SECTORS = 1 << 22
+JOINED_GAP_SECTORS = 1 << 13  # partial units no further apart are looked at together: fewer, longer numpy calls
+
+Kinds: TypeAlias = npt.NDArray[np.uint8]
+CLEAR, ZERO, DATA, PARTIAL, INVALID = range(5)
+_Combine: TypeAlias = Callable[[list[Kinds]], Kinds]
+
+
+def _kinds_by_state(*, has_parent: bool) -> Kinds:
+    kinds = np.full(8, INVALID, dtype=np.uint8)
+    kinds[PayloadState.NOT_PRESENT] = CLEAR
+    kinds[[PayloadState.UNDEFINED, PayloadState.ZERO, PayloadState.UNMAPPED]] = ZERO if has_parent else CLEAR
+    kinds[PayloadState.FULLY_PRESENT] = DATA
+    if has_parent:
+        kinds[PayloadState.PARTIALLY_PRESENT] = PARTIAL
+    return kinds
+
+
+_BASE_KINDS = _kinds_by_state(has_parent=False)
+_CHILD_KINDS = _kinds_by_state(has_parent=True)
+
+
+def allocated_extents(chain: Sequence[VhdxImage], start: int, end: int) -> Iterator[Extents]:
+    """Yield what may hold data within [start, end) of a chain's first image, ascending; the rest reads as zeros.
+
+    ``chain`` goes from the child to the last parent that is to be counted. Raises CorruptDiskError, OsError.
+    """
+    return _extents(chain, _top_data, start, end)
+
+
+def changed_extents(chain: Sequence[VhdxImage], start: int, end: int) -> Iterator[Extents]:
+    """Yield what any of ``chain``'s images says anything of within [start, end), ascending.
+
+    That is where the first may differ from the parent of the last. Raises CorruptDiskError, OsError.
+    """
+    return _extents(chain, _any_opaque, start, end)
+
+
+def _top_data(links: list[Kinds]) -> Kinds:
+    """Return the kind that the first link that is not clear has: what a reader of the chain meets.
+
+    Below a partial unit its parent may matter; partial stays partial, and is resolved by sector.
+    """
+    result = links[0]
+    for kinds in links[1:]:
+        result = np.where(result == CLEAR, kinds, result)
+    return result
+
+
+def _any_opaque(links: list[Kinds]) -> Kinds:
+    """Return DATA where any link is data or zero, else PARTIAL where any is partial, else CLEAR."""
+    result = _opaque(links[0])
+    for kinds in links[1:]:
+        other = _opaque(kinds)
+        result = np.where((result == DATA) | (other == CLEAR), result, other)
+    return result
+
+
+def _opaque(kinds: Kinds) -> Kinds:
+    return np.where(kinds == ZERO, np.uint8(DATA), kinds)
+
+
+def _extents(chain: Sequence[VhdxImage], combine: _Combine, start: int, end: int) -> Iterator[Extents]:
+    if start >= end or not chain:
+        return
+    unit = min(image.geometry.block_size for image in chain)
+    sectors_per_unit = unit // chain[0].geometry.sector_size
+    partial_limit = max(1, WINDOW_SECTORS // sectors_per_unit)
+    for first in range(start // unit, -(-end // unit), WINDOW_UNITS):
+        last = min(-(-end // unit), first + WINDOW_UNITS)
+        links = [_unit_kinds(image, unit, first, last) for image in chain]
+        kinds = combine(links)
+        partial = np.flatnonzero(kinds == PARTIAL)
+        # Cut the window where its partial units would take more sectors than are looked at together.
+        cuts = [0, *(int(partial[index]) for index in range(partial_limit, len(partial), partial_limit)), last - first]
+        for low, high in pairwise(cuts):
+            parts = [(runs_of(kinds[low:high] == DATA) + (first + low)) * unit]
+            for run_low, run_high in _groups(partial, low, high, max(1, JOINED_GAP_SECTORS // sectors_per_unit)):
+                inside = [link[run_low:run_high] for link in links]
+                parts.append(_sector_extents(chain, inside, combine, unit, first + run_low))
+            extents = clipped(merged(parts), start, end)
+            if len(extents):
+                yield extents
+
+
+def _groups(partial: npt.NDArray[np.int64], low: int, high: int, gap: int) -> Iterator[tuple[int, int]]:
+    """Yield index ranges that hold the partial units of [low, high), those at most ``gap`` apart together."""
+    inside = partial[np.searchsorted(partial, low) : np.searchsorted(partial, high)]
+    if not len(inside):
+        return
+    breaks = np.flatnonzero(np.diff(inside) > gap) + 1
+    for group in np.split(inside, breaks):
+        yield int(group[0]), int(group[-1]) + 1
+
+
+def _unit_kinds(image: VhdxImage, unit: int, first: int, last: int) -> Kinds:
+    """Return the kinds of units [first, last), CLEAR past the image's end."""
+    geometry = image.geometry
+    per_block = geometry.block_size // unit
+    first_block, last_block = first // per_block, min(-(-last // per_block), geometry.block_count)
+    kinds = np.zeros(last - first, dtype=np.uint8)
+    if first_block >= last_block:
+        return kinds
+    states = image.bat.payload_states(first_block, last_block)
+    if states.any():
+        by_block = (_CHILD_KINDS if geometry.has_parent else _BASE_KINDS)[states]
+        if by_block.max() == INVALID:
+            _refuse(image, first_block + int(np.argmax(by_block == INVALID)))
+        repeated = np.repeat(by_block, per_block) if per_block > 1 else by_block
+        found = repeated[first - first_block * per_block :][: last - first]
+        kinds[: len(found)] = found
+    return kinds
+
+
+def _refuse(image: VhdxImage, block: int) -> None:
+    index = image.geometry.payload_index(block)
+    raise CorruptDiskError(
+        f"payload block {block} has a state that this disk cannot have",
+        path=str(image.path),
+        offset=image.bat_region.offset + index * BAT_ENTRY_SIZE,
+    )
+
+
+def _sector_extents(
+    chain: Sequence[VhdxImage], links: list[Kinds], combine: _Combine, unit: int, first: int
+) -> Extents:
+    """Return the data extents of the units from ``first`` whose kinds by link are ``links``, sector by sector."""
+    sector_size = chain[0].geometry.sector_size
+    per_unit = unit // sector_size
+    by_sector = []
+    for image, kinds in zip(chain, links, strict=True):
+        sectors = np.repeat(kinds, per_unit)
+        for low, high in runs_of(kinds == PARTIAL).tolist():
+            bits = _bits(image, (first + low) * per_unit, (first + high) * per_unit)
+            sectors[low * per_unit : high * per_unit] = np.where(bits, np.uint8(DATA), np.uint8(CLEAR))
+        by_sector.append(sectors)
+    return (runs_of(combine(by_sector) == DATA) + first * per_unit) * sector_size
+
+
+def _bits(image: VhdxImage, first: int, last: int) -> npt.NDArray[np.uint8]:
+    """Return the sector bitmap's bits for sectors [first, last), both multiples of 8, across chunks."""
+    geometry = image.geometry
+    per_chunk = geometry.chunk_ratio * geometry.sectors_per_block
+    parts = []
+    for chunk in range(first // per_chunk, -(-last // per_chunk)):
+        low = max(first, chunk * per_chunk) - chunk * per_chunk
+        high = min(last, (chunk + 1) * per_chunk) - chunk * per_chunk
+        parts.append(np.frombuffer(image.read_bitmap(chunk, low // 8, high // 8), dtype=np.uint8))
+    return np.unpackbits(np.concatenate(parts), bitorder="little")
