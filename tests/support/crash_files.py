@@ -14,8 +14,10 @@ the effect in place, as an error of a dying device may come after the fact.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -304,3 +306,11 @@ def _choices(pending: list[Effect], ordinal: int, seeds: int) -> Iterator[tuple[
                 tear = effect.kind == "write" and len(effect.data) > SECTOR and chance.random() < 0.3
                 survivors.append(effect.torn(chance.randrange(1, len(effect.data) // SECTOR + 1)) if tear else effect)
         yield f"seed {seed}", survivors
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Give a folder for the many states of a crash test, in memory where the system has such a place."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)
