@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, urlsplit
-from urllib.request import url2pathname
 
 from replica.errors import ConfigurationError, NoStoreError, UsageError
 from replica.stores.file import FileStore
@@ -76,7 +76,8 @@ def _folder_of(url: str) -> Path:
         )
     if parts.query or parts.fragment:
         raise ConfigurationError(f"{url!r} has something after the path", hint="write ? and # of a path as %3F and %23")
-    return Path(url2pathname(parts.path))
+    path = unquote(parts.path)
+    return Path(path[1:] if sys.platform == "win32" else path)  # /C:/folder
 
 
 def _open_s3(url: str, workers: int) -> Store:

@@ -94,6 +94,7 @@ _REFUSED_HINTS: Final[Mapping[str, str]] = {
 }
 _FULL_HINT: Final = "free some space in the store, or raise its quota"
 _FOLDER_SERVERS: Final = ("SeaweedFS",)
+_ETAG: Final = re.compile(r'"[^",*\s]+"|[^",*\s]+')
 _MD5_ETAG: Final = re.compile(r'"?([0-9a-f]{32})"?')
 
 
@@ -190,6 +191,10 @@ class S3Store:
 
     def replace(self, key: str, data: ObjectData, *, tag: str) -> str:
         """Write the object if its ETag still is ``tag``; see ``Store.replace``."""
+        if not _ETAG.fullmatch(tag):
+            # Servers take an empty condition for none, and '*' and lists for more than one version.
+            self.head(key)
+            raise ObjectChangedError(f"{tag!r} is not the tag of any version", key=key)
         try:
             return self._put(key, data, "replace the object", {"IfMatch": tag})
         except ObjectChangedError:
