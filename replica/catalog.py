@@ -1,0 +1,243 @@
+"""What a store holds: the store's own record, VMs by name, and their protection settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Final
+
+from replica import history, keys, lease, manifest, record
+from replica.errors import (
+    IntegrityError,
+    NoStoreError,
+    ObjectExistsError,
+    ObjectMissingError,
+    UsageError,
+)
+from replica.host import Host
+from replica.keys import VmKeys
+from replica.lease import LeaseRecord
+from replica.model import Machine, Point, Settings, SourceDisk, Vm
+from replica.stores.store import Store
+
+DEFAULT_TENANT: Final = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreRecord:
+    """The store's own record."""
+
+    store_id: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ProtectedVm:
+    """A VM that was found in a store: where its objects are, and what never changes about it."""
+
+    keys: VmKeys
+    vm: Vm
+
+
+def init_store(store: Store, host: Host) -> tuple[StoreRecord, bool]:
+    """Make the address a Godwit store; return its record and whether it is new. The caller has probed it."""
+    made = StoreRecord(host.randomness.new_id(), host.clock.now())
+    body = {"store_id": made.store_id, "created_at": record.time_text(made.created_at)}
+    try:
+        store.create(keys.STORE, record.encode("store", body))
+    except ObjectExistsError:
+        return read_store(store), False
+    return made, True
+
+
+def read_store(store: Store) -> StoreRecord:
+    """Return the store's record. Raises NoStoreError where the address holds no Godwit store."""
+    try:
+        data = store.get(keys.STORE)
+    except ObjectMissingError as error:
+        raise NoStoreError(
+            "there is no Godwit store at this address", key=store.url, hint=f"'godwit init {store.url}' makes one"
+        ) from error
+    body = record.decode("store", data, key=keys.STORE)
+    return StoreRecord(body.text("store_id"), body.time("created_at"))
+
+
+def protect(
+    store: Store,
+    host: Host,
+    *,
+    tenant: str,
+    name: str,
+    machine: Machine,
+    sources: tuple[SourceDisk, ...],
+    interval_seconds: int,
+    compression_level: int,
+) -> ProtectedVm:
+    """Begin to protect a VM. It exists once its name object does, which is written last.
+
+    Raises UsageError if the name is taken.
+    """
+    name_key = keys.name(tenant, name)
+    taken = UsageError(
+        f"a VM named {name!r} is protected already",
+        hint="choose another name, or change it with 'godwit protect --update'",
+    )
+    if _exists(store, name_key):
+        raise taken
+    now = host.clock.now()
+    vm = Vm(host.randomness.new_id(), name, now, host.randomness.seed())
+    vm_keys = VmKeys(tenant, vm.vm_id)
+    settings = Settings(1, machine, sources, interval_seconds, compression_level)
+    store.create(vm_keys.vm, _encode_vm(vm))
+    store.create(vm_keys.settings(1), encode_settings(settings))
+    store.create(vm_keys.lease, lease.encode(LeaseRecord(0, False, None, now, now, 0, 1, False)))
+    try:
+        store.create(name_key, record.encode("name", {"vm_id": vm.vm_id, "name": name}))
+    except ObjectExistsError as error:
+        for key in (vm_keys.lease, vm_keys.settings(1), vm_keys.vm):
+            store.delete(key)
+        raise taken from error
+    return ProtectedVm(vm_keys, vm)
+
+
+def update_settings(
+    store: Store,
+    host: Host,
+    found: ProtectedVm,
+    *,
+    machine: Machine | None = None,
+    sources: tuple[SourceDisk, ...] | None = None,
+    interval_seconds: int | None = None,
+    compression_level: int | None = None,
+) -> Settings:
+    """Write a new version of the settings with what is given changed, and put it in force. Raises LeaseHeldError."""
+    with lease.holding(store, found.keys, host) as held:
+        before = read_settings(store, found.keys, held.settings_version)
+        # A version above the one in force may be there from an attempt that was cut off: it is stepped over.
+        after = replace(
+            before,
+            version=before.version + 1,
+            machine=machine or before.machine,
+            sources=before.sources if sources is None else sources,
+            interval_seconds=interval_seconds or before.interval_seconds,
+            compression_level=before.compression_level if compression_level is None else compression_level,
+        )
+        while True:
+            try:
+                store.create(found.keys.settings(after.version), encode_settings(after))
+                break
+            except ObjectExistsError:
+                after = replace(after, version=after.version + 1)
+        held.change_settings(after.version)
+    return after
+
+
+def find(store: Store, tenant: str, name: str) -> ProtectedVm:
+    """Return the VM of that name. Raises UsageError where there is none, NoStoreError where there is no store."""
+    key = keys.name(tenant, name)
+    try:
+        data = store.get(key)
+    except ObjectMissingError as error:
+        read_store(store)  # says so where it is the whole store that is missing
+        raise UsageError(
+            f"no VM named {name!r} is protected in this store", hint="'godwit status' lists those that are"
+        ) from error
+    body = record.decode("name", data, key=key)
+    vm_keys = VmKeys(tenant, body.text("vm_id"))
+    return ProtectedVm(vm_keys, _read_vm(store, vm_keys))
+
+
+def names(store: Store, tenant: str) -> Iterator[str]:
+    """Yield the names of all protected VMs, ascending by key."""
+    for info in store.list(keys.names_prefix(tenant)):
+        yield keys.name_of(info.key)
+
+
+def read_settings(store: Store, vm_keys: VmKeys, version: int) -> Settings:
+    """Return one version of the protection settings. Raises IntegrityError."""
+    key = vm_keys.settings(version)
+    try:
+        body = record.decode("settings", store.get(key), key=key)
+    except ObjectMissingError as error:
+        raise IntegrityError("the VM's protection settings are missing from the store", key=key) from error
+    sources = tuple(
+        SourceDisk(one.integer("number"), one.text("name"), one.text("path"), one.text("bus"))
+        for one in body.list_of_fields("sources")
+    )
+    return Settings(
+        version=body.integer("version", least=1),
+        machine=manifest.decode_machine(body.fields("machine")),
+        sources=sources,
+        interval_seconds=body.integer("interval_seconds", least=1),
+        compression_level=body.integer("compression_level", least=-100, most=22),
+    )
+
+
+def encode_settings(settings: Settings) -> bytes:
+    """Return the settings object."""
+    return record.encode(
+        "settings",
+        {
+            "version": settings.version,
+            "machine": manifest.encode_machine(settings.machine),
+            "sources": [
+                {"number": one.number, "name": one.name, "path": one.path, "bus": one.bus} for one in settings.sources
+            ],
+            "interval_seconds": settings.interval_seconds,
+            "compression_level": settings.compression_level,
+        },
+    )
+
+
+def settings_in_force(store: Store, found: ProtectedVm) -> Settings:
+    """Return the settings in force."""
+    state, _ = lease.read(store, found.keys)
+    return read_settings(store, found.keys, state.settings_version)
+
+
+def newest_point(store: Store, found: ProtectedVm) -> Point:
+    """Return the newest recovery point. Raises UsageError where there is none yet."""
+    newest = history.newest(store, found.keys)
+    if newest is None:
+        raise UsageError(
+            f"{found.vm.name} has no recovery point yet", hint=f"'godwit replicate {found.vm.name}' makes the first"
+        )
+    return newest
+
+
+def _exists(store: Store, key: str) -> bool:
+    try:
+        store.head(key)
+    except ObjectMissingError:
+        return False
+    return True
+
+
+def _encode_vm(vm: Vm) -> bytes:
+    return record.encode(
+        "vm",
+        {
+            "vm_id": vm.vm_id,
+            "name": vm.name,
+            "created_at": record.time_text(vm.created_at),
+            "block_size_bytes": 65536,
+            "hash": "xxh3-128",
+            "hash_seed": str(vm.hash_seed),
+            "wrapped_key": None,
+        },
+    )
+
+
+def _read_vm(store: Store, vm_keys: VmKeys) -> Vm:
+    key = vm_keys.vm
+    try:
+        body = record.decode("vm", store.get(key), key=key)
+    except ObjectMissingError as error:
+        raise IntegrityError("the VM's record is missing from the store", key=key) from error
+    seed = body.text("hash_seed")
+    if not seed.isdigit() or int(seed) >= 1 << 64:
+        raise IntegrityError("the VM's hash seed is not a 64-bit number", key=key)
+    if (body.text("vm_id"), body.integer("block_size_bytes"), body.text("hash")) != (vm_keys.vm_id, 65536, "xxh3-128"):
+        raise IntegrityError("the VM's record names another VM, block size or hash than this godwit knows", key=key)
+    return Vm(vm_keys.vm_id, body.text("name"), body.time("created_at").astimezone(UTC), int(seed))

@@ -1,0 +1,206 @@
+"""One replication cycle of one VM: from its disks to a new recovery point, in the order of docs/ordering.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from replica import catalog, history, lease
+from replica.block import Digest
+from replica.blockmap import BlockMap
+from replica.catalog import ProtectedVm
+from replica.host import Host
+from replica.lease import Lease
+from replica.leftovers import Leftovers
+from replica.mapstore import MapBuilder, MapStore
+from replica.model import Consistency, CycleStatistics, DiskRecord, Point
+from replica.packer import Packer
+from replica.pipeline import Uploads, ordered
+from replica.scan import Changes, Comparer, plan
+from replica.source import OpenDisk, OpenSource, open_for_reading, opened
+from replica.stores.store import Store
+from vhdx.disk import Disk
+from vhdx.progress import Progress, silent
+
+BATCHES_PER_THREAD: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """How much is done at once. Memory: about 16 MiB for each thread, and for each upload and one more."""
+
+    threads: int = 2
+    uploads: int = 3
+
+
+@dataclass(slots=True)
+class _Totals:
+    """What the cycle did so far."""
+
+    read_bytes: int = 0
+    changed_blocks: int = 0
+    zero_blocks: int = 0
+    reused_blocks: int = 0
+
+
+def replicate(
+    store: Store,
+    host: Host,
+    found: ProtectedVm,
+    *,
+    workers: Workers | None = None,
+    progress: Progress = silent,
+    open_disk: OpenDisk = open_for_reading,
+) -> Point:
+    """Make a recovery point of the VM as it is now, and return it.
+
+    Raises LeaseHeldError where another agent is at work, LeaseLostError where one took over, SourceError or DiskError
+    where a disk cannot be read or changed meanwhile, StoreError. After an error nothing was published, and what was
+    uploaded is used by the next cycle.
+    """
+    with lease.holding(store, found.keys, host) as held:
+        cycle = _Cycle(store, host, found, held, workers or Workers(), progress)
+        return cycle.run(open_disk)
+
+
+class _Cycle:
+    """A cycle under a lease."""
+
+    def __init__(
+        self, store: Store, host: Host, found: ProtectedVm, held: Lease, workers: Workers, progress: Progress
+    ) -> None:
+        self._store = store
+        self._host = host
+        self._found = found
+        self._held = held
+        self._workers = workers
+        self._progress = progress
+        self._settings = catalog.read_settings(store, found.keys, held.settings_version)
+        self._previous = history.begin(store, found.keys, host, held)
+        self._number = held.point + 1
+        self._totals = _Totals()
+
+    def run(self, open_disk: OpenDisk) -> Point:
+        """Read, store, publish."""
+        started, created_at = self._host.clock.monotonic(), self._host.clock.now()
+        before = self._previous.maps if self._previous else ()
+        map_store = MapStore(self._store, self._found.keys, map_cache(self._host))
+        maps = MapBuilder(map_store, self._found.vm.vm_id, self._number, self._held.epoch, before)
+        with opened(self._settings, open_disk) as disks, self._uploads() as uploads:
+            packer = Packer(self._store, self._found.keys, maps, uploads, point=self._number, epoch=self._held.epoch)
+            records = self._compare_all(disks, BlockMap(before, map_store.fetch), packer)
+            packer.finish()
+            refs = maps.finish()
+        point = Point(
+            vm_id=self._found.vm.vm_id,
+            point=self._number,
+            epoch=self._held.epoch,
+            previous=self._previous.point if self._previous else 0,
+            created_at=created_at,
+            published_at=self._host.clock.now(),
+            consistency=Consistency.OFFLINE,
+            vm_name=self._found.vm.name,
+            machine=self._settings.machine,
+            disks=records,
+            maps=refs,
+            cycle=CycleStatistics(
+                read_bytes=self._totals.read_bytes,
+                changed_blocks=self._totals.changed_blocks,
+                zero_blocks=self._totals.zero_blocks,
+                reused_blocks=self._totals.reused_blocks,
+                stored_bytes=packer.stored_bytes,
+                segments=packer.segments,
+                seconds=self._host.clock.monotonic() - started,
+            ),
+        )
+        history.publish(self._store, self._found.keys, point)
+        self._held.advance(self._number)
+        map_store.forget_all_but(ref for one in refs for ref in one.parts)
+        return point
+
+    @contextmanager
+    def _uploads(self) -> Iterator[Uploads]:
+        with ThreadPoolExecutor(self._workers.uploads, "upload") as pool:
+            uploads = Uploads(pool, limit=self._workers.uploads, tick=self._held.renew_if_due)
+            try:
+                yield uploads
+            finally:
+                uploads.abandon()
+
+    def _compare_all(self, disks: list[OpenSource], known: BlockMap, packer: Packer) -> tuple[DiskRecord, ...]:
+        comparer = Comparer(
+            hash_seed=self._found.vm.hash_seed,
+            compression_level=self._settings.compression_level,
+            leftovers=self._leftovers(),
+        )
+        total = sum(_extent_bytes(one.disk) for one in disks) if self._progress is not silent else 0
+        with ThreadPoolExecutor(self._workers.threads, "compare") as pool:
+            return tuple(self._compare(one, known, comparer, packer, pool, total) for one in disks)
+
+    def _leftovers(self) -> Leftovers:
+        if not self._held.leftovers:
+            return Leftovers()
+        return Leftovers.after(self._store, self._found.keys, self._previous.point if self._previous else 0)
+
+    def _compare(
+        self,
+        one: OpenSource,
+        known: BlockMap,
+        comparer: Comparer,
+        packer: Packer,
+        pool: ThreadPoolExecutor,
+        total_bytes: int,
+    ) -> DiskRecord:
+        number = one.source.number
+        digest, blocks = self._before(number)
+        results = ordered(
+            pool,
+            comparer,
+            plan(one.disk, number, known),
+            limit=self._workers.threads * BATCHES_PER_THREAD,
+            tick=self._held.renew_if_due,
+        )
+        with closing(results):
+            for changes in results:
+                packer.add(number, changes)
+                digest.combine(changes.added, changes.removed)
+                blocks += changes.added_blocks - changes.removed_blocks
+                self._count(changes)
+                self._held.renew_if_due()
+                self._progress(self._totals.read_bytes, max(total_bytes, self._totals.read_bytes), "replicating")
+        return DiskRecord(
+            number=number,
+            name=one.source.name,
+            size=one.disk.size,
+            sector_size=one.disk.sector_size,
+            format=one.disk.format,
+            bus=one.source.bus,
+            data_blocks=blocks,
+            digest=digest,
+            source={"path": one.source.path},
+        )
+
+    def _before(self, disk_number: int) -> tuple[Digest, int]:
+        for disk in self._previous.disks if self._previous else ():
+            if disk.number == disk_number:
+                return Digest(disk.digest.first, disk.digest.second), disk.data_blocks
+        return Digest(), 0
+
+    def _count(self, changes: Changes) -> None:
+        self._totals.read_bytes += changes.read_bytes
+        self._totals.changed_blocks += changes.added_blocks
+        self._totals.zero_blocks += sum(map(len, changes.zeros))
+        self._totals.reused_blocks += len(changes.found[0]) if changes.found else 0
+
+
+def map_cache(host: Host) -> Path | None:
+    """Return where this machine keeps copies of maps, or None where it keeps nothing."""
+    return host.state_folder / "cache" if host.state_folder else None
+
+
+def _extent_bytes(disk: Disk) -> int:
+    return sum(int((extents[:, 1] - extents[:, 0]).sum()) for extents in disk.allocated())

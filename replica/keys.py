@@ -1,0 +1,141 @@
+"""The keys of all objects in a store (docs/format.md, section 1): built here and nowhere else."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+from replica.errors import IntegrityError, UsageError
+
+STORE = "godwit.json"
+LONGEST_NAME_BYTES = 200
+LARGEST_POINT = 10**20 - 1
+LARGEST_EPOCH = 2**32 - 1
+LARGEST_ORDINAL = 10**6 - 1
+
+_TENANT = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_VM_ID = re.compile(r"[0-9a-f]{32}")
+_PART = re.compile(r".*/(\d{20})/(\d{10})-(\d{6})")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PartId:
+    """What tells a segment or a map part from every other of its VM: the cycle that wrote it and its place there."""
+
+    point: int
+    epoch: int
+    ordinal: int
+
+
+def encode_name(name: str) -> str:
+    """Return a VM's name as one key part. Raises UsageError for a name that cannot be one."""
+    if not name or name != name.strip() or any(ord(c) < 32 or ord(c) == 127 for c in name):
+        raise UsageError(
+            f"{name!r} cannot be a VM's name", hint="use printable characters, with no space before or after"
+        )
+    try:
+        encoded = quote(name, safe="").replace(".", "%2E").replace("~", "%7E")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name!r} cannot be a VM's name: it is not valid Unicode") from error
+    if len(encoded) > LONGEST_NAME_BYTES:
+        raise UsageError("the VM's name is too long", hint=f"{LONGEST_NAME_BYTES} ASCII letters fit, fewer of others")
+    return encoded
+
+
+def check_tenant(tenant: str) -> str:
+    """Return ``tenant`` if it may be one. Raises UsageError."""
+    if not _TENANT.fullmatch(tenant):
+        raise UsageError(
+            f"{tenant!r} cannot be a tenant", hint="use 1 to 63 lower-case letters, digits and inner hyphens"
+        )
+    return tenant
+
+
+def names_prefix(tenant: str) -> str:
+    """Return the prefix of the tenant's VM names."""
+    return f"tenants/{check_tenant(tenant)}/names/"
+
+
+def name(tenant: str, vm_name: str) -> str:
+    """Return the key of the object that leads from a VM's name to its id."""
+    return f"{names_prefix(tenant)}{encode_name(vm_name)}.json"
+
+
+def name_of(key: str) -> str:
+    """Return the VM's name that a name object's key spells."""
+    return unquote(key.rsplit("/", 1)[-1].removesuffix(".json"))
+
+
+@dataclass(frozen=True, slots=True)
+class VmKeys:
+    """The keys of one VM's objects."""
+
+    tenant: str
+    vm_id: str
+
+    def __post_init__(self) -> None:
+        check_tenant(self.tenant)
+        if not _VM_ID.fullmatch(self.vm_id):
+            raise IntegrityError(f"{self.vm_id!r} is no VM id", hint="the name object that holds it is damaged")
+
+    @property
+    def prefix(self) -> str:
+        """The prefix of all of them."""
+        return f"tenants/{self.tenant}/vms/{self.vm_id}/"
+
+    @property
+    def vm(self) -> str:
+        """What never changes about the VM."""
+        return f"{self.prefix}vm.json"
+
+    @property
+    def lease(self) -> str:
+        """The right to write."""
+        return f"{self.prefix}lease.json"
+
+    def settings(self, version: int) -> str:
+        """One version of the protection settings."""
+        return f"{self.prefix}settings/{version:020}.json"
+
+    @property
+    def manifests(self) -> str:
+        """The prefix of all manifests."""
+        return f"{self.prefix}manifests/"
+
+    def manifest(self, point: int) -> str:
+        """The manifest of a point number."""
+        return f"{self.manifests}{point:020}.json"
+
+    def map_part(self, part: PartId) -> str:
+        """A map part."""
+        return f"{self.prefix}maps/{_part(part)}"
+
+    @property
+    def segments(self) -> str:
+        """The prefix of all segments."""
+        return f"{self.prefix}segments/"
+
+    def segments_after(self, point: int) -> str:
+        """A key that sorts after every segment of ``point`` and of those before it, and before all later ones."""
+        return f"{self.segments}{point:020}/~"
+
+    def segment(self, part: PartId) -> str:
+        """A segment."""
+        return f"{self.segments}{_part(part)}"
+
+
+def _part(part: PartId) -> str:
+    return f"{part.point:020}/{part.epoch:010}-{part.ordinal:06}"
+
+
+def part_of(key: str) -> PartId | None:
+    """Return what a segment's or map part's key says of it, or None where the key is of another kind."""
+    match = _PART.fullmatch(key)
+    return PartId(*map(int, match.groups())) if match else None
+
+
+def point_of(key: str) -> int | None:
+    """Return the point number of a manifest's key, or None where the key is of another kind."""
+    stem = key.rsplit("/", 1)[-1].removesuffix(".json")
+    return int(stem) if len(stem) == 20 and stem.isdigit() else None

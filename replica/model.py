@@ -1,0 +1,160 @@
+"""The values that recovery points are made of: machines, disks, maps and points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Literal
+
+from replica.block import Digest
+from replica.keys import PartId
+
+
+class Consistency(StrEnum):
+    """What a guest finds when it starts from a point."""
+
+    CRASH = "crash"  # as after a power failure
+    APPLICATION = "application"  # file systems and applications were quiesced
+    OFFLINE = "offline"  # the VM was off
+
+
+@dataclass(frozen=True, slots=True)
+class Nic:
+    """A network adapter. ``mac`` is six hex pairs with colons, or None where the platform is to choose."""
+
+    mac: str | None = None
+    network: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What is needed to start the VM anywhere, beside its disks."""
+
+    generation: Literal[1, 2]
+    cpus: int = 2
+    memory_bytes: int = 2 << 30
+    nics: tuple[Nic, ...] = ()
+    secure_boot: bool = False
+
+    @property
+    def firmware(self) -> Literal["bios", "uefi"]:
+        """What starts the VM."""
+        return "uefi" if self.generation == 2 else "bios"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceDisk:
+    """Where a protected disk is read from."""
+
+    number: int
+    name: str
+    path: str
+    bus: str = "scsi"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a VM is protected; one immutable version of it."""
+
+    version: int
+    machine: Machine
+    sources: tuple[SourceDisk, ...]
+    interval_seconds: int = 300
+    compression_level: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Vm:
+    """What never changes about a protected VM."""
+
+    vm_id: str
+    name: str
+    created_at: datetime
+    hash_seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class MapPartRef:
+    """A map part as a manifest names it."""
+
+    part: PartId
+    entries: int
+    first_key: int
+    last_key: int
+    size: int  # bytes
+    checksum: str  # xxh3-128 of the object, hex
+
+
+@dataclass(frozen=True, slots=True)
+class MapRef:
+    """A map as a manifest names it."""
+
+    level: int
+    parts: tuple[MapPartRef, ...]
+
+    @property
+    def entries(self) -> int:
+        """How many entries its parts hold."""
+        return sum(part.entries for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRecord:
+    """A disk as one recovery point holds it."""
+
+    number: int
+    name: str
+    size: int  # bytes
+    sector_size: int  # bytes
+    format: str
+    bus: str
+    data_blocks: int
+    digest: Digest
+    source: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CycleStatistics:
+    """What a cycle did."""
+
+    read_bytes: int = 0
+    changed_blocks: int = 0
+    zero_blocks: int = 0
+    reused_blocks: int = 0
+    stored_bytes: int = 0
+    segments: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A recovery point: a restorable instant of a whole VM."""
+
+    vm_id: str
+    point: int
+    epoch: int
+    previous: int
+    created_at: datetime
+    published_at: datetime
+    consistency: Consistency
+    vm_name: str
+    machine: Machine
+    disks: tuple[DiskRecord, ...]
+    maps: tuple[MapRef, ...]
+    cycle: CycleStatistics
+
+    @property
+    def size(self) -> int:
+        """Virtual size of all disks, bytes."""
+        return sum(disk.size for disk in self.disks)
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """A manifest that is no point: it occupies a number so that no older epoch can publish there."""
+
+    vm_id: str
+    point: int
+    epoch: int
+    published_at: datetime

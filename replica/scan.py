@@ -1,0 +1,231 @@
+"""The change source that always works: reads what a disk holds and compares its hashes with the newest point's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from replica.block import (
+    BLOCK_BYTES,
+    Digest,
+    HashArray,
+    KeyArray,
+    disk_base,
+    hash_blocks,
+    is_zero,
+    zero_hash,
+)
+from replica.blockmap import WINDOW_BLOCKS, BlockMap, Window
+from replica.leftovers import Leftovers
+from replica.maptable import Entries, SegmentTable
+from replica.segment import FrameCompressor, Frames
+from vhdx.disk import Disk
+
+BATCH_BLOCKS: Final = 64  # 4 MiB: what one task reads, hashes and compresses
+
+Ranges: TypeAlias = list[tuple[int, int]]  # half-open, block numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the newest point says of a window's blocks, dense: whether each is data, and its hash if so."""
+
+    is_data: npt.NDArray[np.bool_]
+    hashes: HashArray
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A task: at most ``BATCH_BLOCKS`` to read and compare, and blocks that the disk no longer holds."""
+
+    disk: Disk
+    base: int  # key of the disk's block 0
+    window: int  # number of the window that all of them lie in
+    ranges: Ranges
+    known: Known | None
+    vanished: Entries | None = None
+
+
+@dataclass(slots=True)
+class Changes:
+    """What is to be stored of a batch, and how the disk's digest moves."""
+
+    window: int
+    frames: Frames | None = None  # blocks to store
+    found: tuple[Entries, SegmentTable] | None = None  # blocks that an unfinished cycle stored already
+    zeros: list[KeyArray] = field(default_factory=list)  # blocks that were data and now are zero
+    added: Digest = field(default_factory=Digest)
+    removed: Digest = field(default_factory=Digest)
+    added_blocks: int = 0
+    removed_blocks: int = 0
+    read_bytes: int = 0
+
+
+def plan(disk: Disk, disk_number: int, known: BlockMap) -> Iterator[Batch]:
+    """Yield the tasks that find everything in which ``disk`` differs from ``known``, in ascending order.
+
+    Memory: a window of the map laid out densely, about 1.1 MiB.
+    """
+    base = disk_base(disk_number)
+    held = _held_windows(disk)
+    mapped = known.windows(base, disk_base(disk_number + 1))
+    next_held, next_mapped = next(held, None), next(mapped, None)
+    while next_held is not None or next_mapped is not None:
+        held_number = next_held[0] if next_held else None
+        mapped_number = (next_mapped.first - base) // WINDOW_BLOCKS if next_mapped else None
+        number = min(n for n in (held_number, mapped_number) if n is not None)
+        ranges: Ranges = []
+        window: Window | None = None
+        if next_held is not None and held_number == number:
+            ranges, next_held = next_held[1], next(held, None)
+        if next_mapped is not None and mapped_number == number:
+            window, next_mapped = next_mapped, next(mapped, None)
+        yield from _window_batches(disk, base, number, ranges, window)
+
+
+def _held_windows(disk: Disk) -> Iterator[tuple[int, Ranges]]:
+    """Yield window numbers with the ranges of blocks in them that may hold data; ascending, ranges merged."""
+    number, ranges = -1, Ranges()
+    for extents in disk.allocated():
+        starts = extents[:, 0] // BLOCK_BYTES
+        ends = -(-extents[:, 1] // BLOCK_BYTES)
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            while start < end:
+                if start // WINDOW_BLOCKS != number:
+                    if ranges:
+                        yield number, ranges
+                    number, ranges = start // WINDOW_BLOCKS, []
+                stop = min(end, (number + 1) * WINDOW_BLOCKS)
+                if ranges and start <= ranges[-1][1]:
+                    ranges[-1] = (ranges[-1][0], max(stop, ranges[-1][1]))
+                else:
+                    ranges.append((start, stop))
+                start = stop
+    if ranges:
+        yield number, ranges
+
+
+def _window_batches(disk: Disk, base: int, number: int, ranges: Ranges, window: Window | None) -> Iterator[Batch]:
+    known, vanished = None, None
+    if window is not None:
+        data = window.entries.take(window.entries.is_data)
+        places = (data.keys - np.uint64(base + number * WINDOW_BLOCKS)).astype(np.intp)
+        known = Known(np.zeros(WINDOW_BLOCKS, np.bool_), np.zeros((WINDOW_BLOCKS, 2), np.uint64))
+        known.is_data[places] = True
+        known.hashes[places] = data.hashes
+        held = np.zeros(WINDOW_BLOCKS, np.bool_)
+        for start, end in ranges:
+            held[start - number * WINDOW_BLOCKS : end - number * WINDOW_BLOCKS] = True
+        gone = data.take(~held[places])
+        vanished = gone if len(gone) else None
+    if vanished is not None:
+        yield Batch(disk, base, number, [], None, vanished)
+    batch: Ranges = []
+    room = BATCH_BLOCKS
+    for start, end in ranges:
+        while start < end:
+            stop = min(end, start + room)
+            batch.append((start, stop))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield Batch(disk, base, number, batch, known)
+                batch, room = [], BATCH_BLOCKS
+    if batch:
+        yield Batch(disk, base, number, batch, known)
+
+
+class Comparer:
+    """Does the tasks: reads, hashes, compares, compresses. Callable from several threads; each has its own buffer."""
+
+    def __init__(self, *, hash_seed: int, compression_level: int, leftovers: Leftovers) -> None:
+        self._seed = hash_seed
+        self._level = compression_level
+        self._zero_hash = zero_hash(hash_seed)
+        self._leftovers = leftovers
+        self._local = threading.local()
+
+    def __call__(self, batch: Batch) -> Changes:
+        """Do one task. Raises DiskError where the disk cannot be read."""
+        changes = Changes(batch.window)
+        if batch.vanished is not None:
+            changes.zeros.append(batch.vanished.keys)
+            changes.removed.add(batch.vanished.keys, batch.vanished.hashes)
+            changes.removed_blocks += len(batch.vanished)
+        if batch.ranges:
+            self._compare(batch, changes)
+        return changes
+
+    def _compare(self, batch: Batch, changes: Changes) -> None:
+        data = self._read(batch)
+        changes.read_bytes = len(data)
+        hashes = hash_blocks(data, self._seed)
+        blocks = np.concatenate([np.arange(start, end, dtype=np.int64) for start, end in batch.ranges])
+        zero = self._zeros(data, hashes)
+        if batch.known is None:
+            picked = np.flatnonzero(~zero)
+        else:
+            places = blocks - batch.window * WINDOW_BLOCKS
+            was_data, old = batch.known.is_data[places], batch.known.hashes[places]
+            changed = zero | np.any(hashes != old, axis=1) | ~was_data
+            replaced = np.flatnonzero(was_data & changed)
+            if len(replaced):
+                keys = blocks[replaced].astype(np.uint64) + np.uint64(batch.base)
+                changes.removed.add(keys, old[replaced])
+                changes.removed_blocks += len(replaced)
+                cleared = zero[replaced]
+                if cleared.any():
+                    changes.zeros.append(keys[cleared])
+            picked = np.flatnonzero(changed & ~zero)
+        if len(picked):
+            keys = blocks[picked].astype(np.uint64) + np.uint64(batch.base)
+            self._store(data, picked, keys, hashes[picked], changes)
+
+    def _store(
+        self, data: memoryview, picked: npt.NDArray[np.intp], keys: KeyArray, hashes: HashArray, changes: Changes
+    ) -> None:
+        changes.added.add(keys, hashes)
+        changes.added_blocks = len(keys)
+        found, table, is_found = self._leftovers.find(keys, hashes)
+        if len(found):
+            changes.found = (found, table)
+            picked, keys, hashes = picked[~is_found], keys[~is_found], hashes[~is_found]
+        if len(picked):
+            changes.frames = self._compressor().compress(data, picked, keys, hashes)
+
+    def _zeros(self, data: memoryview, hashes: HashArray) -> npt.NDArray[np.bool_]:
+        """Tell the zero blocks: their hash is that of zeros, which the bytes then confirm."""
+        zero = np.asarray(np.all(hashes == self._zero_hash, axis=1))
+        for at in np.flatnonzero(zero).tolist():
+            zero[at] = is_zero(data[at * BLOCK_BYTES : (at + 1) * BLOCK_BYTES])
+        return zero
+
+    def _read(self, batch: Batch) -> memoryview:
+        buffer = self._buffer()
+        filled = 0
+        size = batch.disk.size
+        for start, end in batch.ranges:
+            length = min(end * BLOCK_BYTES, size) - start * BLOCK_BYTES
+            batch.disk.read_into(start * BLOCK_BYTES, buffer[filled : filled + length])
+            filled += (end - start) * BLOCK_BYTES
+            if length < (end - start) * BLOCK_BYTES:  # the disk ends within its last block: pad with zeros
+                pad = (end - start) * BLOCK_BYTES - length
+                buffer[filled - pad : filled] = bytes(pad)
+        return buffer[:filled]
+
+    def _buffer(self) -> memoryview:
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = memoryview(bytearray(BATCH_BLOCKS * BLOCK_BYTES))
+        buffer: memoryview = self._local.buffer
+        return buffer
+
+    def _compressor(self) -> FrameCompressor:
+        if not hasattr(self._local, "compressor"):
+            self._local.compressor = FrameCompressor(self._level)
+        compressor: FrameCompressor = self._local.compressor
+        return compressor
