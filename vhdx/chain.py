@@ -15,7 +15,7 @@ from uuid import UUID
 from vhdx.errors import CorruptDiskError, DiskError, OsError, ParentError, UnsupportedDiskError
 from vhdx.image import Recover, VhdxImage, naming
 from vhdx.osfile import OS_FILES, Files
-from vhdx.structures import VHDX_PARENT_LOCATOR, ParentLocator
+from vhdx.structures import VHDX_PARENT_LOCATOR, ZERO_GUID, ParentLocator
 from vhdx.vhdx import VhdxDisk
 
 MAX_CHAIN_LENGTH = 64  # files; Hyper-V allows 50 checkpoints
@@ -66,9 +66,11 @@ def parent_linkages(image: VhdxImage) -> tuple[UUID, ...]:
             if value is None:
                 continue
             try:
-                linkages.append(UUID(value.strip("\0 ")))
+                linkage = UUID(value.strip("\0 "))
             except ValueError:
                 raise CorruptDiskError(f"the parent locator's {key} is no GUID: {value[:64]!r}") from None
+            if linkage != ZERO_GUID:  # Windows writes a zero parent_linkage2 where it has none
+                linkages.append(linkage)
         if not linkages:
             raise CorruptDiskError("the parent locator has no parent_linkage")
     return tuple(linkages)
@@ -189,7 +191,8 @@ def _changed(child: VhdxImage, parent: VhdxImage, linkages: tuple[UUID, ...]) ->
 
 
 def _missing(child: VhdxImage, paths: dict[str, str], refused: list[Path]) -> ParentError:
-    named = ", ".join(f"{key} {value!r}" for key, value in paths.items()) or "no path at all"
+    # repr shows control characters for what they are; doubled backslashes would only hide the path.
+    named = ", ".join(f"{key} {value!r}" for key, value in paths.items()).replace("\\\\", "\\") or "no path at all"
     if refused:
         where = ", ".join(str(path) for path in dict.fromkeys(refused))
         return ParentError(
