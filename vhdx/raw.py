@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Self, TypeAlias
+from typing import Self
 
 import numpy as np
 
 from vhdx.disk import Extents, ReadableBuffer, WritableBuffer
 from vhdx.errors import CorruptDiskError, OutOfRangeError, ReadOnlyError, UnsupportedDiskError
-from vhdx.osfile import File, open_file
-
-# How an image's own file, and its parents', are opened: ``open_file`` or a test's stand-in.
-OpenFile: TypeAlias = Callable[..., File]
+from vhdx.osfile import OS_FILES, File, Files
 
 WINDOW_EXTENTS = 16384  # extents in one array of ``allocated``
 
@@ -30,9 +27,9 @@ class RawDisk:
         self._closed = False
 
     @classmethod
-    def open(cls, path: Path | str, *, writable: bool = False, opener: OpenFile = open_file) -> Self:
+    def open(cls, path: Path | str, *, writable: bool = False, files: Files = OS_FILES) -> Self:
         """Open a raw image. Raises OsError, DiskBusyError, and UnsupportedDiskError where it is no whole sectors."""
-        file = opener(Path(path), writable=writable)
+        file = files.open(Path(path), writable=writable)
         if file.size() % cls.sector_size or not file.size():
             size = file.size()
             file.close()

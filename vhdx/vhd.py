@@ -15,12 +15,13 @@ from typing import Final, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from vhdx.disk import Disk, Extents, ReadableBuffer, WritableBuffer
+from vhdx.disk import Extents, ReadableBuffer, WritableBuffer
 from vhdx.errors import CorruptDiskError, DiskError
-from vhdx.osfile import ZEROS, File, open_file
-from vhdx.raw import OpenFile, RawDisk, check_range, check_writable
+from vhdx.extents import clipped, merged, runs_of
+from vhdx.osfile import OS_FILES, ZEROS, File, Files
+from vhdx.raw import RawDisk, check_range, check_writable
 from vhdx.vhd_layout import Layout, read_layout, table_problems
-from vhdx.vhd_parent import open_parent
+from vhdx.vhd_parent import open_parent, resolved
 from vhdx.vhd_structures import SECTOR_SIZE, UNUSED_ENTRY, DiskType, Footer, Header
 from vhdx.vhd_writer import VhdWriter
 
@@ -49,20 +50,23 @@ class FixedVhdDisk(RawDisk):
 class SparseVhdDisk:
     """A dynamic or differencing VHD.
 
-    ``parent`` is the opened parent of a differencing disk, or the error that kept it from being opened: such a disk
-    still tells of itself and reads what it holds; reading what only the parent has raises that error.
+    ``parent`` is None for a disk without one, and where it could not be opened: then ``parent_error`` says why. Such a
+    disk still tells of itself and reads what it holds; reading what only the parent has raises that error.
     """
 
     format = "vhd"
     sector_size = SECTOR_SIZE
 
-    def __init__(self, file: File, layout: Layout, *, parent: Disk | DiskError | None = None) -> None:
+    def __init__(
+        self, file: File, layout: Layout, *, parent: VhdDisk | None = None, parent_error: DiskError | None = None
+    ) -> None:
         assert layout.header is not None and layout.table is not None
         self.file = file
         self.layout = layout
         self.footer: Footer = layout.footer
         self.header: Header = layout.header
         self.parent = parent
+        self.parent_error = parent_error
         self._table = layout.table
         self._size = layout.footer.current_size
         self._bitmaps: dict[int, Bitmap] = {}
@@ -85,6 +89,14 @@ class SparseVhdDisk:
     def block_size(self) -> int:
         """Bytes of payload in a block."""
         return self.header.block_size
+
+    @property
+    def chain(self) -> tuple[VhdDisk, ...]:
+        """This disk, its parent, and so on down to the last that could be opened."""
+        links: list[VhdDisk] = [self]
+        while isinstance(links[-1], SparseVhdDisk) and links[-1].parent is not None:
+            links.append(links[-1].parent)
+        return tuple(links)
 
     @property
     def read_only(self) -> bool:
@@ -140,12 +152,12 @@ class SparseVhdDisk:
             piece = view[start : start + len(ZEROS)]
             piece[:] = ZEROS[: len(piece)]
 
-    def _opened_parent(self) -> Disk:
-        if isinstance(self.parent, DiskError):
+    def _opened_parent(self) -> VhdDisk:
+        if self.parent is None:
+            known = self.parent_error
+            assert known is not None
             # A new object each time: an exception keeps the traceback of where it was raised last.
-            known = self.parent
             raise type(known)(known.message, path=known.path, offset=known.offset, hint=known.hint) from known
-        assert self.parent is not None
         return self.parent
 
     def _entry(self, block: int) -> int:
@@ -203,7 +215,7 @@ class SparseVhdDisk:
             own = self._own_blocks(window_start, window_end)
             if parent is not None and window_start < parent.size:
                 theirs = parent.allocated(window_start, min(window_end, parent.size))
-                own = united([own, *theirs])
+                own = merged([own, *theirs])
             if len(own):
                 yield own
 
@@ -221,9 +233,9 @@ class SparseVhdDisk:
                 self._present_sectors(block)
                 for block in (np.flatnonzero(self._table[first:last] != UNUSED_ENTRY) + first).tolist()
             ]
-            clipped = clip(united(extents), window_start, window_end)
-            if len(clipped):
-                yield clipped
+            held = clipped(merged(extents), window_start, window_end)
+            if len(held):
+                yield held
 
     def _windows(self, start: int, end: int, blocks: int) -> Iterator[tuple[int, int]]:
         step = blocks * self.block_size
@@ -232,15 +244,12 @@ class SparseVhdDisk:
 
     def _own_blocks(self, start: int, end: int) -> Extents:
         first, last = start // self.block_size, -(-end // self.block_size)
-        present = np.concatenate(([False], self._table[first:last] != UNUSED_ENTRY, [False]))
-        edges = (np.flatnonzero(present[1:] != present[:-1]) + first) * self.block_size
-        return clip(edges.reshape(-1, 2).astype(np.int64), start, end)
+        blocks = runs_of(self._table[first:last] != UNUSED_ENTRY) + first
+        return clipped(blocks * self.block_size, start, end)
 
     def _present_sectors(self, block: int) -> Extents:
         bits = np.unpackbits(self._bitmap(block))[: self.block_size // SECTOR_SIZE]
-        padded = np.concatenate(([0], bits, [0]))
-        edges = np.flatnonzero(padded[1:] != padded[:-1]).astype(np.int64) * SECTOR_SIZE
-        return edges.reshape(-1, 2) + block * self.block_size
+        return runs_of(bits.astype(np.bool_)) * SECTOR_SIZE + block * self.block_size
 
     # --- writing
 
@@ -330,7 +339,7 @@ class SparseVhdDisk:
             self.flush()
         finally:
             self.file.close()
-            if self.parent is not None and not isinstance(self.parent, DiskError):
+            if self.parent is not None:
                 self.parent.close()
 
     def __enter__(self) -> Self:
@@ -348,23 +357,26 @@ class OpenChain:
     """What opening a chain carries from child to parent: where parents may lie, and who is open already."""
 
     roots: tuple[Path, ...]
-    ancestors: tuple[Path, ...]
-    opener: OpenFile
+    children: tuple[Path, ...]
+    files: Files
 
     def open(self, path: Path, *, writable: bool = False) -> VhdDisk:
-        """Open the image at ``path``, whose children are ``ancestors``, and its parents."""
-        file = self.opener(path, writable=writable)
+        """Open the image at ``path``, whose child, grandchild… are ``children``, and its parents."""
+        file = self.files.open(path, writable=writable)
         try:
             layout = read_layout(file)
             if layout.header is None:
                 return FixedVhdDisk(file, layout)
             if writable:
                 _refuse_unsound(file, layout)
-            parent = None
+            parent, parent_error = None, None
             if layout.footer.kind is DiskType.DIFFERENCING:
-                below = OpenChain(self.roots, (*self.ancestors, path.resolve()), self.opener)
-                parent = open_parent(file, layout, below)
-            return SparseVhdDisk(file, layout, parent=parent)
+                below = OpenChain(self.roots, (*self.children, resolved(path)), self.files)
+                try:
+                    parent = open_parent(file, layout, below)
+                except DiskError as error:
+                    parent_error = error
+            return SparseVhdDisk(file, layout, parent=parent, parent_error=parent_error)
         except BaseException:
             file.close()
             raise
@@ -385,7 +397,7 @@ def open_vhd(
     *,
     writable: bool = False,
     allowed_folders: Sequence[Path | str] = (),
-    opener: OpenFile = open_file,
+    files: Files = OS_FILES,
 ) -> VhdDisk:
     """Open a VHD of any kind, with its parents if it has any.
 
@@ -394,23 +406,5 @@ def open_vhd(
     Raises CorruptDiskError, UnsupportedDiskError, FormatUnknownError, OsError, DiskBusyError.
     """
     path = Path(path)
-    roots = (path.resolve().parent, *(Path(folder).resolve() for folder in allowed_folders))
-    return OpenChain(roots, (), opener).open(path, writable=writable)
-
-
-def united(parts: Sequence[Extents]) -> Extents:
-    """Return the union of extents in any order: sorted, touching ones joined."""
-    every = np.concatenate([np.empty((0, 2), dtype=np.int64), *parts])
-    if len(every) < 2:
-        return every
-    every = every[np.argsort(every[:, 0], kind="stable")]
-    reach = np.maximum.accumulate(every[:, 1])
-    starts = np.concatenate(([True], every[1:, 0] > reach[:-1]))
-    ends = np.concatenate((starts[1:], [True]))
-    return np.stack((every[starts, 0], reach[ends]), axis=1)
-
-
-def clip(extents: Extents, start: int, end: int) -> Extents:
-    """Return the parts of sorted extents that lie within [start, end)."""
-    clipped = np.clip(extents, start, end)
-    return clipped[clipped[:, 0] < clipped[:, 1]]
+    roots = tuple(resolved(folder) for folder in (path.absolute().parent, *allowed_folders))
+    return OpenChain(roots, (), files).open(path, writable=writable)

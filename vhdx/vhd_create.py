@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from vhdx.bulk import name_file
 from vhdx.errors import OutOfRangeError
-from vhdx.osfile import File, fsync_folder, open_file, remove_file
-from vhdx.raw import OpenFile
+from vhdx.osfile import OS_FILES, File, Files, temporary_path
 from vhdx.vhd_structures import (
     DEFAULT_BLOCK_SIZE,
     FOOTER_SIZE,
@@ -43,7 +43,8 @@ def create_fixed(
     *,
     identifier: uuid.UUID | None = None,
     created: datetime | None = None,
-    opener: OpenFile = open_file,
+    overwrite: bool = False,
+    files: Files = OS_FILES,
 ) -> None:
     """Create a fixed VHD of ``size`` bytes, rounded up to whole MiB; it is a hole with a footer behind.
 
@@ -57,7 +58,7 @@ def create_fixed(
         file.truncate(size)
         file.pwrite(size, footer.encode())
 
-    _create(Path(path), fill, opener)
+    _create(Path(path), fill, files, overwrite)
 
 
 def create_dynamic(
@@ -67,7 +68,8 @@ def create_dynamic(
     block_size: int = DEFAULT_BLOCK_SIZE,
     identifier: uuid.UUID | None = None,
     created: datetime | None = None,
-    opener: OpenFile = open_file,
+    overwrite: bool = False,
+    files: Files = OS_FILES,
 ) -> None:
     """Create an empty dynamic VHD of ``size`` bytes (whole sectors) in blocks of ``block_size``.
 
@@ -88,7 +90,7 @@ def create_dynamic(
         file.pwrite(header.table_offset, UNUSED_ENTRY.to_bytes(4, "big") * (table_size // 4))
         file.pwrite(header.table_offset + table_size, footer.encode())
 
-    _create(Path(path), fill, opener)
+    _create(Path(path), fill, files, overwrite)
 
 
 def _check_size(path: Path | str, size: int) -> None:
@@ -114,16 +116,17 @@ def _new_footer(
     )
 
 
-def _create(path: Path, fill: Callable[[File], None], opener: OpenFile) -> None:
-    """Create the file and fill it, durably; a file that could not be finished does not stay."""
-    file = opener(path, create=True)
+def _create(path: Path, fill: Callable[[File], None], files: Files, overwrite: bool) -> None:
+    """Fill a file under a temporary name, flush it, and give it its name."""
+    temporary = temporary_path(path)
+    file = files.open(temporary, create=True)
     try:
         try:
             fill(file)
             file.fsync()
         finally:
             file.close()
+        name_file(files, temporary, path, overwrite=overwrite)
     except BaseException:
-        remove_file(path)
+        files.remove(temporary)
         raise
-    fsync_folder(path.parent)

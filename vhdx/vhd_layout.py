@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from vhdx.errors import CorruptDiskError, DiskError, FormatUnknownError, UnsupportedDiskError
+from vhdx.image import naming
 from vhdx.osfile import File
 from vhdx.vhd_structures import (
     FOOTER_COOKIE,
@@ -63,23 +61,13 @@ class Layout:
         return max(FOOTER_SIZE, self.footer.data_offset + HEADER_SIZE, table_end)
 
 
-@contextlib.contextmanager
-def located(path: Path) -> Iterator[None]:
-    """Give errors raised inside the path that decoders do not know."""
-    try:
-        yield
-    except DiskError as error:
-        error.path = error.path or str(path)
-        raise
-
-
 def read_layout(file: File) -> Layout:
     """Read and check footers, header and BAT.
 
     The footer at the end counts; where it is damaged or missing, the copy that dynamic disks keep at the start.
     Raises FormatUnknownError where there is neither, CorruptDiskError, UnsupportedDiskError, OsError.
     """
-    with located(file.path):
+    with naming(file.path):
         footer, content_end, problems = _read_footers(file)
         if footer.kind is DiskType.FIXED:
             if footer.current_size > content_end:

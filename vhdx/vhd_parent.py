@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from vhdx.chain import MAX_CHAIN_LENGTH, candidate_paths
 from vhdx.errors import CorruptDiskError, DiskError, ParentError
 from vhdx.osfile import File, translated
 from vhdx.vhd_layout import Layout, Problem
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 RELATIVE: Final = b"W2ru"
 ABSOLUTE: Final = b"W2ku"
 MAX_PATH_BYTES: Final = 64 << 10  # Windows' own limit
-MAX_DEPTH: Final = 256
+PATH_KEYS: Final = {"relative": "relative_path", "absolute": "absolute_win32_path", "name": "parent_name"}
 TIMESTAMP_SLACK_SECONDS: Final = 2  # FAT keeps even seconds
 HINT: Final = "put the parent beside the image, or allow its folder"
 
@@ -56,80 +57,62 @@ def _read_locator(file: File, locator: ParentLocator) -> str:
     return file.pread(offset, length).decode("utf-16-le", "replace").rstrip("\0")
 
 
-def open_parent(file: File, layout: Layout, chain: OpenChain) -> VhdDisk | DiskError:
-    """Open the parent, or return the error that says why that cannot be done.
+def open_parent(file: File, layout: Layout, chain: OpenChain) -> VhdDisk:
+    """Open the parent of the image in ``file``, which is the last of ``chain.children``.
 
     Every path that the child has is tried, relative ones first; the first file whose identifier is the one that the
-    child was made on is the parent.
+    child was made on is the parent. Raises ParentError where there is none, CorruptDiskError, OsError.
     """
     assert layout.header is not None
-    try:
-        references = read_references(file, layout.header)
-        return _open_first(file, layout.header, references, chain)
-    except DiskError as error:
-        return error
-
-
-def _open_first(file: File, header: Header, references: Sequence[Reference], chain: OpenChain) -> VhdDisk:
+    references = read_references(file, layout.header)
+    wanted = layout.header.parent_identifier
     path = str(file.path)
     reasons: list[str] = []
-    for candidate in _candidates(file.path, references, chain.roots):
-        if not _is_within(candidate, chain.roots):
+    for candidate in _existing_files(references, chain):
+        if not any(candidate.is_relative_to(root) for root in chain.roots):
             reasons.append(f"{candidate} is outside the allowed folders")
             continue
-        if candidate in chain.ancestors:
-            loop = " → ".join([*map(str, chain.ancestors), str(candidate)])
+        if candidate in chain.children:
+            loop = " -> ".join(map(str, (*chain.children, candidate)))
             raise ParentError(f"the chain of parents is a loop: {loop}", path=path)
-        if len(chain.ancestors) >= MAX_DEPTH:
-            raise ParentError(f"the chain is deeper than {MAX_DEPTH} images", path=path)
+        if len(chain.children) >= MAX_CHAIN_LENGTH:
+            raise ParentError(f"the chain has more than {MAX_CHAIN_LENGTH} files", path=path)
         try:
             parent = chain.open(candidate)
         except DiskError as error:
             reasons.append(f"the parent cannot be opened: {error}")
             continue
-        if parent.footer.identifier == header.parent_identifier:
+        found = parent.footer.identifier
+        if found == wanted:
             return parent
-        reasons.append(
-            f"{candidate} is another disk: it has the identifier {parent.footer.identifier}, "
-            f"the child was made on {header.parent_identifier}"
-        )
+        reasons.append(f"{candidate} is another disk: its identifier is {found}, the child was made on {wanted}")
         parent.close()
-    wanted = references[0].path if references else "without a name"
-    raise ParentError("; ".join(reasons) or f"the parent, {wanted}, was not found", path=path, hint=HINT)
+    name = references[0].path if references else "not named"
+    raise ParentError("; ".join(reasons) or f"its parent, {name}, is missing", path=path, hint=HINT)
 
 
-def _candidates(child: Path, references: Sequence[Reference], roots: Sequence[Path]) -> Iterator[Path]:
-    """Yield the existing files, links resolved and each once, that the references may mean on this system."""
+def _existing_files(references: Sequence[Reference], chain: OpenChain) -> Iterator[Path]:
+    """Yield the files that the references may mean on this system, links resolved and each once."""
+    paths = {PATH_KEYS[reference.kind]: reference.path for reference in reversed(references)}
+    ordered = {key: paths[key] for key in PATH_KEYS.values() if key in paths}
     seen = set()
-    for path in _paths(child, references, roots):
-        with translated(child, "look for the parent"):
-            try:
-                resolved = path.resolve()
-                exists = resolved.is_file()
-            except (RuntimeError, ValueError):  # a loop of links, a null byte
-                continue
-        if exists and resolved not in seen:
-            seen.add(resolved)
-            yield resolved
+    for path in candidate_paths(ordered, child_folder=chain.children[-1].parent, allowed=chain.roots):
+        try:
+            target = path.resolve()
+            exists = target.is_file()
+        except (OSError, RuntimeError, ValueError):  # no permission, a loop of links, a null byte
+            continue
+        if exists and target not in seen:
+            seen.add(target)
+            yield target
 
 
-def _paths(child: Path, references: Sequence[Reference], roots: Sequence[Path]) -> Iterator[Path]:
-    folder = child.resolve().parent
-    for reference in references:
-        windows = PureWindowsPath(reference.path)
-        if Path(reference.path).is_absolute():
-            yield Path(reference.path)
-        elif not windows.drive and not windows.root:
-            yield folder / windows.as_posix()
-    # A path of another machine, or of Windows on a system without drives: its last part may still be found.
-    for reference in references:
-        if name := PureWindowsPath(reference.path).name:
-            for root in (folder, *roots):
-                yield root / name
-
-
-def _is_within(path: Path, roots: Sequence[Path]) -> bool:
-    return any(path.is_relative_to(root) for root in roots)
+def resolved(path: Path | str) -> Path:
+    """Return the real path, links followed as far as it exists."""
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError):
+        return Path(path).absolute()
 
 
 def timestamp_problem(layout: Layout, parent: VhdDisk) -> Problem | None:
