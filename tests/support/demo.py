@@ -148,7 +148,8 @@ def build(demo: Demo) -> None:
     with demo.timed("build the VM"), terminal.waiting("mmdebstrap is installing Debian (about 40 s, once)"):
         kept = debian_guest.cached_guest()
     demo.guest_raw.symlink_to(kept)
-    terminal.said(f"{demo.guest_raw}: {_size(debian_guest.SIZE_BYTES)}, {_seconds(demo.seconds['build the VM'])}")
+    how = "kept from before" if demo.seconds["build the VM"] < 1 else _seconds(demo.seconds["build the VM"])
+    terminal.said(f"{demo.guest_raw}: {_size(debian_guest.SIZE_BYTES)}, {how}")
     demo.run("godwit", "disk", "convert", str(demo.guest_raw), str(demo.source), note="convert raw to VHDX")
     demo.run("godwit", "disk", "check", str(demo.source))
 
