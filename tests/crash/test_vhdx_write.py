@@ -18,7 +18,7 @@ from vhdx.vhdx import VhdxDisk
 from vhdx.writer import open_writable
 
 MIB = 1 << 20
-SIZE = 3 * MIB + 4096
+SIZE = 4 * MIB + 4096
 
 
 class Recorded:
@@ -85,14 +85,14 @@ def workload(recorded: Recorded) -> None:
     recorded.write(512, b"again" * 300)  # into the freed block
     recorded.flush()
     recorded.trim(MIB + 100, 5000)
-    recorded.write(3 * MIB, chance.randbytes(4096))  # takes the place that was freed
+    recorded.write(3 * MIB + 9, chance.randbytes(4096))  # takes the place that was freed, in part
     recorded.write(20, b"x")
     recorded.flush()
     recorded.flush()
     recorded.trim(MIB // 2, 2 * MIB)
     recorded.reopen()
     recorded.write(MIB, chance.randbytes(600))
-    recorded.trim(3 * MIB, 4096)
+    recorded.trim(4 * MIB, 4096)
     recorded.close()
 
 
@@ -226,3 +226,22 @@ def test_the_first_write_of_a_session_changes_both_write_guids_and_close_empties
     assert before.file_write_guid != after.file_write_guid == during.file_write_guid
     assert before.data_write_guid != after.data_write_guid == during.data_write_guid
     assert after.log_guid == uuid.UUID(int=0)
+
+
+def test_crashes_after_the_log_has_gone_round_replay_only_what_is_newest(source: Path, crashed: Path) -> None:
+    recorded = Recorded(make_disk(source, "differencing", 512))
+    for turn in range(120):  # three sectors of the log each, and one more: it has 256
+        recorded.write(turn % 4 * MIB + turn % 50 * 4096, bytes([turn + 1]) * 512)
+        if turn % 30 == 0:
+            recorded.trim(2 * MIB, MIB)
+        recorded.flush()
+    count = 0
+    for point in crash_points(recorded.files, seeds=1, start=len(recorded.files.effects) * 5 // 6):
+        count += 1
+        point.write_to(crashed)
+        with open_vhdx(crashed / "disk.vhdx") as disk:
+            assert_possible(disk.read_at(0, disk.size), recorded.initial, point.marks, point)
+            plan = disk.image.replay
+            assert plan is None or len(plan.entries) <= 2
+    recorded.disk.close()
+    assert count > 80
