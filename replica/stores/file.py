@@ -231,8 +231,8 @@ class FileStore:
         self._sweep()
         temporary = self._temporaries / secrets.token_hex(12)
         view = memoryview(data).cast("B")
-        file = self._files.open(temporary, create=True, lock=False)
         try:
+            file = self._files.open(temporary, create=True, lock=False)
             try:
                 file.pwrite(0, view)
                 tag = _stamp(temporary, self._clock_ns()) if len(view) > DIGEST_LIMIT_BYTES else _digest_tag(view)
