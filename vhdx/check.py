@@ -214,9 +214,9 @@ def _check_region_tables(view: ReadableFile, header: Header, findings: Findings)
             raise
         except DiskError as error:
             faults.append((f"region-table-{number}", error))
-    for rule, error in faults:
-        fatal = not tables or isinstance(error, UnsupportedDiskError)
-        findings.add_error(rule, error, Severity.ERROR if fatal else Severity.WARNING)
+    for rule, fault in faults:
+        fatal = not tables or isinstance(fault, UnsupportedDiskError)
+        findings.add_error(rule, fault, Severity.ERROR if fatal else Severity.WARNING)
     if not tables:
         return None
     if len(tables) == 2 and tables[0] != tables[1]:
