@@ -22,11 +22,19 @@ WAITING_ENTRIES: Final = 1 << 18
 
 
 @dataclass(slots=True)
+class _Place:
+    """Where entries point to: a segment, whose size is known once it is sealed."""
+
+    part: PartId
+    size: int = 0
+
+
+@dataclass(slots=True)
 class _WindowEntries:
     """The entries of one window, which go into the map once their segments are sealed and none can follow."""
 
     window: tuple[int, int]  # disk number, window number
-    stored: list[tuple[SegmentWriter, Entries]] = field(default_factory=list)
+    stored: list[tuple[_Place, Entries]] = field(default_factory=list)
     found: list[tuple[Entries, SegmentTable]] = field(default_factory=list)
     zeros: list[Entries] = field(default_factory=list)
 
@@ -44,6 +52,7 @@ class Packer:
         self._point = point
         self._epoch = epoch
         self._segment: SegmentWriter | None = None
+        self._place = _Place(PartId(point, epoch, 0))
         self._windows: deque[_WindowEntries] = deque()
         self._waiting = 0
         self.segments = 0
@@ -77,13 +86,14 @@ class Packer:
 
     def _store_frames(self, window: _WindowEntries, frames: Frames) -> None:
         if self._segment is None:
-            self._segment = SegmentWriter(self._keys.vm_id, PartId(self._point, self._epoch, self.segments))
+            self._place = _Place(PartId(self._point, self._epoch, self.segments))
+            self._segment = SegmentWriter(self._keys.vm_id, self._place.part)
             self.segments += 1
         segment = self._segment
         offsets = segment.append(frames)
         unnumbered = np.zeros(len(offsets), np.uint32)
         entries = Entries(frames.keys, unnumbered, offsets, frames.lengths, frames.codecs, frames.hashes)
-        window.stored.append((segment, entries))
+        window.stored.append((self._place, entries))
         self._waiting += len(entries)
         if segment.size >= SEGMENT_BYTES or segment.frames >= SEGMENT_FRAMES:
             self._seal()
@@ -92,8 +102,8 @@ class Packer:
         """Send the segment at work on its way and flush the windows that wait for nothing more."""
         segment, self._segment = self._segment, None
         if segment is not None:
-            segment.close()
-            self.stored_bytes += segment.size_sealed
+            self._place.size = segment.sealed_size
+            self.stored_bytes += segment.sealed_size
             key = self._keys.segment(segment.part)
             # Sealing hashes the whole segment, so it is left to the thread that uploads it.
             self._uploads.submit(lambda: _upload(self._store, key, segment))
@@ -104,9 +114,8 @@ class Packer:
     def _flush(self, window: _WindowEntries) -> None:
         table = SegmentTable()
         parts = list(window.zeros)
-        for segment, entries in window.stored:
-            number = table.number(SegmentRef(self._keys.vm_id, segment.part, segment.size_sealed))
-            entries.segments[:] = number
+        for place, entries in window.stored:
+            entries.segments[:] = table.number(SegmentRef(self._keys.vm_id, place.part, place.size))
             parts.append(entries)
         for entries, their_table in window.found:
             for number, ref in enumerate(their_table.refs):

@@ -91,23 +91,23 @@ def open_trailer(data: bytes | memoryview, end_magic: bytes, *, key: str) -> byt
 class SegmentWriter:
     """Builds one segment in memory: frames are appended, then it is sealed."""
 
-    __slots__ = ("_data", "_rows", "frames", "part", "size_sealed")
+    __slots__ = ("_data", "_rows", "frames", "part")
 
     def __init__(self, vm_id: str, part: PartId) -> None:
         self.part = part
         self._data = bytearray(encode_header(MAGIC, vm_id, part))
         self._rows: list[npt.NDArray[np.void]] = []
         self.frames = 0
-        self.size_sealed = 0  # bytes of the finished object, once ``close`` has been called
 
     @property
     def size(self) -> int:
         """Bytes so far, without index and trailer."""
         return len(self._data)
 
-    def close(self) -> None:
-        """Accept no more frames: from here on the size of the finished object is known."""
-        self.size_sealed = len(self._data) + self.frames * INDEX_ROW.itemsize + TRAILER_BYTES
+    @property
+    def sealed_size(self) -> int:
+        """Bytes that the object will have if it is sealed now. Not to be asked for afterwards."""
+        return len(self._data) + self.frames * INDEX_ROW.itemsize + TRAILER_BYTES
 
     def append(self, frames: Frames) -> npt.NDArray[np.uint32]:
         """Add the frames; return the offset of each in the object."""
@@ -122,7 +122,7 @@ class SegmentWriter:
         return offsets
 
     def seal(self) -> bytearray:
-        """Return the finished object, of a writer that was closed; only the size and id of the writer stay of use."""
+        """Return the finished object; the writer is not used again."""
         index = np.concatenate(self._rows).tobytes() if self._rows else b""
         index_offset = len(self._data)
         self._data += index
