@@ -1,0 +1,261 @@
+"""Any format to any other: only what holds data is read, only what is not zero is written."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal, TypeAlias, TypedDict, get_args
+
+import numpy as np
+
+from vhdx import qcow2
+from vhdx.bulk import file_exists, name_file
+from vhdx.compare import allocated_bytes, compare
+from vhdx.disk import Disk
+from vhdx.errors import CorruptDiskError, OsError
+from vhdx.extents import runs_of
+from vhdx.formats import chain_of, detect_format, open_disk
+from vhdx.osfile import OS_FILES, Files, temporary_path, translated
+from vhdx.progress import Progress, silent
+from vhdx.raw import RawDisk
+from vhdx.target import Target, TargetFormat, create_target
+
+ConvertFormat: TypeAlias = TargetFormat | Literal["qcow2"]
+CONVERT_FORMATS: Final[tuple[ConvertFormat, ...]] = (*get_args(TargetFormat), "qcow2")
+
+CHUNK_BYTES: Final = 4 << 20  # read and written at a time
+GRANULE_BYTES: Final = 64 << 10  # what is looked at for being zero, and left out if it is
+SAMPLED_WORDS: Final = 512  # of a granule, one in so many 8-byte words is looked at first
+BUFFERS: Final = 3  # one being written, the others read ahead
+
+
+class _Options(TypedDict):
+    format: ConvertFormat
+    block_size: int | None
+    overwrite: bool
+    verify: bool
+    progress: Progress
+    files: Files
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a conversion did. All sizes are bytes."""
+
+    source: Path
+    target: Path
+    format: ConvertFormat
+    source_size: int
+    target_size: int  # larger where the format needs whole MiB
+    read_bytes: int
+    written_bytes: int
+    verified: bool
+
+
+def convert(
+    source: Path | str,
+    target: Path | str,
+    *,
+    format: ConvertFormat,  # noqa: A002 - what everyone calls it
+    source_format: str | None = None,
+    allowed_folders: Sequence[Path | str] = (),
+    block_size: int | None = None,
+    overwrite: bool = False,
+    verify: bool = False,
+    progress: Progress = silent,
+    files: Files = OS_FILES,
+) -> Conversion:
+    """Convert the image ``source``, its parents included, to a new one that stands by itself.
+
+    The target appears under its name once it is whole and durable, and with ``verify`` compared with the source.
+    Raises OsError where it exists and ``overwrite`` is not given, or would replace the source or a parent of it.
+    """
+    source, target = Path(source), Path(target)
+    options: _Options = {
+        "format": format,
+        "block_size": block_size,
+        "overwrite": overwrite,
+        "verify": verify,
+        "progress": progress,
+        "files": files,
+    }
+    known = source_format or detect_format(source, files=files)
+    if not overwrite and target.exists():
+        raise file_exists(target)
+    if known == "qcow2":
+        return _from_qcow2(source, target, options)
+    with open_disk(source, format=known, allowed_folders=allowed_folders, files=files) as disk:
+        return convert_disk(disk, target, **options)
+
+
+def convert_disk(
+    source: Disk,
+    target: Path | str,
+    *,
+    format: ConvertFormat,  # noqa: A002
+    block_size: int | None = None,
+    overwrite: bool = False,
+    verify: bool = False,
+    progress: Progress = silent,
+    files: Files = OS_FILES,
+) -> Conversion:
+    """Convert an open disk, as ``convert`` does. Whatever keeps it from being finished leaves no target behind."""
+    target = Path(target)
+    if not overwrite and target.exists():
+        raise file_exists(target)
+    _refuse_own_files(source, target)
+    finished = temporary_path(target)
+    try:
+        if format == "qcow2":
+            sizes = _build_qcow2(source, finished, progress, files)
+        else:
+            sizes = _build(source, finished, format, block_size, progress, files)
+        if verify:
+            _verify(source, finished, format, progress, files)
+        name_file(files, finished, target, overwrite=overwrite)
+    except BaseException:
+        files.remove(finished)
+        raise
+    target_size, read_bytes, written_bytes = sizes
+    return Conversion(source.path, target, format, source.size, target_size, read_bytes, written_bytes, verify)
+
+
+def _refuse_own_files(source: Disk, target: Path) -> None:
+    with translated(target, "look at the target"):
+        if target.exists() and any(path.exists() and path.samefile(target) for path in chain_of(source)):
+            raise OsError(
+                "the target is the source itself or one of its parents", path=str(target), hint="choose another name"
+            )
+
+
+def _build(
+    source: Disk,
+    path: Path,
+    format: TargetFormat,  # noqa: A002
+    block_size: int | None,
+    progress: Progress,
+    files: Files,
+) -> tuple[int, int, int]:
+    """Write a new image at ``path``; return its virtual size, the bytes read and the bytes written."""
+    with create_target(
+        path, format, source.size, sector_size=source.sector_size, block_size=block_size, files=files
+    ) as new:
+        read_bytes, written_bytes = copy_content(source, new, progress=progress)
+        new.commit()
+        return new.size, read_bytes, written_bytes
+
+
+def _build_qcow2(source: Disk, path: Path, progress: Progress, files: Files) -> tuple[int, int, int]:
+    plain = temporary_path(path)
+    try:
+        sizes = _build(source, plain, "raw", None, progress, files)
+        qcow2.from_raw(plain, path, size=source.size, progress=progress)
+        _make_durable(path, files)
+        return sizes
+    finally:
+        files.remove(plain)
+
+
+def _from_qcow2(source: Path, target: Path, options: _Options) -> Conversion:
+    plain = temporary_path(target)
+    files = options["files"]
+    try:
+        qcow2.to_raw(source, plain, progress=options["progress"])
+        with RawDisk.open(plain, files=files) as disk:
+            if target.exists() and source.samefile(target):
+                raise OsError("the target is the source itself", path=str(target), hint="choose another name")
+            return replace(convert_disk(disk, target, **options), source=source)
+    finally:
+        files.remove(plain)
+
+
+def _make_durable(path: Path, files: Files) -> None:
+    file = files.open(path, writable=True)
+    try:
+        file.fsync()
+    finally:
+        file.close()
+
+
+def _verify(source: Disk, path: Path, format: ConvertFormat, progress: Progress, files: Files) -> None:  # noqa: A002
+    """Read the finished file again and compare it with the source. Raises CorruptDiskError where it differs."""
+    plain: Path | None = None
+    try:
+        if format == "qcow2":
+            plain = temporary_path(path)
+            qcow2.to_raw(path, plain, progress=progress)
+        opened = "raw" if format == "qcow2" else format.partition("-")[0]
+        with open_disk(plain or path, format=opened, files=files) as copy:
+            result = compare(source, copy, progress=progress)
+    finally:
+        if plain is not None:
+            files.remove(plain)
+    if result.first_difference is not None:
+        raise CorruptDiskError(
+            "the copy differs from its source; it was thrown away",
+            path=str(path),
+            offset=result.first_difference,
+            hint="run it again; if this comes back, look at the memory and the storage of this machine",
+        )
+
+
+def copy_content(source: Disk, target: Target, *, progress: Progress = silent) -> tuple[int, int]:
+    """Write into ``target`` what ``source`` holds, zeros left out; return the bytes read and the bytes written.
+
+    Reading runs ahead of writing in a thread of its own. Memory: ``BUFFERS`` pieces of ``CHUNK_BYTES``.
+    """
+    total_bytes = allocated_bytes(source)
+    free = [bytearray(CHUNK_BYTES) for _ in range(BUFFERS)]
+    reading: deque[tuple[int, bytearray, int, Future[None]]] = deque()
+    read_bytes = written_bytes = 0
+
+    def write_next() -> None:
+        nonlocal read_bytes, written_bytes
+        start, buffer, length, future = reading.popleft()
+        future.result()
+        view = memoryview(buffer)[:length]
+        for first, last in nonzero_runs(view):
+            target.write_at(start + first, view[first:last])
+            written_bytes += last - first
+        free.append(buffer)
+        read_bytes += length
+        progress(min(read_bytes, total_bytes), total_bytes, "copying")
+
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+        for start, end in _pieces(source):
+            if not free:
+                write_next()
+            buffer = free.pop()
+            future = reader.submit(source.read_into, start, memoryview(buffer)[: end - start])
+            reading.append((start, buffer, end - start, future))
+        while reading:
+            write_next()
+    return read_bytes, written_bytes
+
+
+def _pieces(disk: Disk) -> Iterator[tuple[int, int]]:
+    """Cut the allocated extents into pieces that begin on granules and have at most ``CHUNK_BYTES``."""
+    position = 0
+    for window in disk.allocated():
+        for start, end in window.tolist():
+            first = max(position, start // GRANULE_BYTES * GRANULE_BYTES)
+            for piece in range(first, end, CHUNK_BYTES):
+                yield piece, min(end, piece + CHUNK_BYTES)
+            position = max(position, end)
+
+
+def nonzero_runs(view: memoryview) -> list[tuple[int, int]]:
+    """Return the runs of granules of ``view`` that hold anything but zeros, as byte ranges."""
+    whole = len(view) // GRANULE_BYTES
+    words = np.frombuffer(view[: whole * GRANULE_BYTES], dtype=np.uint64).reshape(whole, GRANULE_BYTES // 8)
+    flags = np.zeros(whole + 1, dtype=np.bool_)
+    # Data shows in a few words mostly; only granules whose sample is all zeros are looked through.
+    flags[:whole] = words[:, ::SAMPLED_WORDS].any(axis=1)
+    for granule in np.flatnonzero(~flags[:whole]).tolist():
+        flags[granule] = words[granule].any()
+    flags[whole] = np.frombuffer(view[whole * GRANULE_BYTES :], dtype=np.uint8).any()
+    runs = np.minimum(runs_of(flags) * GRANULE_BYTES, len(view))
+    return [(first, last) for first, last in runs.tolist()]
