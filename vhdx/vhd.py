@@ -219,6 +219,15 @@ class SparseVhdDisk:
             if len(own):
                 yield own
 
+    def stored(self, start: int = 0, end: int | None = None) -> Iterator[Extents]:
+        """Yield the extents of the blocks that this very file has within [start, end), from the BAT alone."""
+        end = self._size if end is None else end
+        check_range(self.path, self._size, start, end - start)
+        for window_start, window_end in self._windows(start, end, WINDOW_BLOCKS):
+            own = self._own_blocks(window_start, window_end)
+            if len(own):
+                yield own
+
     def changed(self, start: int = 0, end: int | None = None) -> Iterator[Extents]:
         """Yield the extents that this file itself holds, to the sector, from BAT and bitmaps alone.
 
