@@ -146,7 +146,10 @@ def plan_replay(log: bytes, *, log_guid: UUID, file_size: int, log_offset: int) 
         )
     writes = [write for entry in sequence for write in entry.writes]
     torn = sum(1 for position, _ in candidates if position not in entries)
-    return ReplayPlan(log_guid, tuple(sequence), Overlay.of(writes), max(file_size, newest.last_file_offset), torn)
+    overlay = Overlay.of(writes)
+    data_end = max((change.end for change in overlay.changes if change.data is not None), default=0)
+    size_after = max(file_size, newest.last_file_offset, data_end)
+    return ReplayPlan(log_guid, tuple(sequence), overlay, size_after, torn)
 
 
 def check_log_bounds(*, length: int, offset: int) -> None:
