@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import numpy as np
 
@@ -86,6 +86,12 @@ def open_writable(
     return disk
 
 
+def writer_of(disk: VhdxDisk) -> Writer:
+    """Return the writer of a disk that ``open_writable`` opened."""
+    assert isinstance(disk.writer, Writer)
+    return disk.writer
+
+
 @dataclass(frozen=True, slots=True)
 class _Piece:
     """A part of a request that lies in one payload block: [start, end) of the disk, ``place`` in the file."""
@@ -134,7 +140,7 @@ class Writer:
         self._check(offset, len(view))
         if not view:
             return
-        self._begin_data_change()
+        self.begin_data_change()
         if self.geometry.has_parent:
             self._write_child(offset, view)
         else:
@@ -146,7 +152,7 @@ class Writer:
         self._check(offset, length)
         if not length:
             return
-        self._begin_data_change()
+        self.begin_data_change()
         block_size = self.geometry.block_size
         end = offset + length
         # The last block is whole when the trim reaches the disk's end.
@@ -176,7 +182,20 @@ class Writer:
             with self._failing():
                 self.journal.close()
 
-    def _begin_data_change(self) -> None:
+    def begin_change(self) -> None:
+        """Announce a change in the headers that neither a guest nor a child disk can see."""
+        self._check(0, 0)
+        with self._failing():
+            self.headers.begin_change()
+
+    def set_data_write_guid(self, guid: UUID) -> None:
+        """Announce changes that a guest can see, under this DataWriteGuid in place of a random one."""
+        self._check(0, 0)
+        with self._failing():
+            self.headers.set_data_write_guid(guid)
+
+    def begin_data_change(self) -> None:
+        """Announce changes that a guest can see."""
         with self._failing():
             self.headers.begin_data_change()
 
@@ -230,7 +249,7 @@ class Writer:
         while start < end:
             block, within = divmod(start, block_size)
             stop = min(end, (block + 1) * block_size)
-            state, place = self._block(block)
+            state, place = self.block(block)
             fresh = None
             if state not in PRESENT:
                 whole = within == 0 and stop == min((block + 1) * block_size, self.geometry.virtual_size)
@@ -258,8 +277,8 @@ class Writer:
         if state == BitmapState.PRESENT:
             self._check_place(f"the sector bitmap of chunk {chunk}", bitmap, SECTOR_BITMAP_BLOCK_SIZE)
         else:
-            bitmap = self._extend(SECTOR_BITMAP_BLOCK_SIZE)
-            self._set_entry(geometry.bitmap_index(chunk), encode_bat_entry(BitmapState.PRESENT, bitmap))
+            bitmap = self.extend(SECTOR_BITMAP_BLOCK_SIZE)
+            self.set_bitmap_entry(chunk, bitmap)
         first_bit = byte * 8
         if piece.fresh is not None:
             self._pending.set_bits(bitmap, first_bit, first_bit + geometry.sectors_per_block, value=False)
@@ -278,7 +297,7 @@ class Writer:
         while start < end:
             block, within = divmod(start, block_size)
             stop = min(end, (block + 1) * block_size)
-            state, place = self._block(block)
+            state, place = self.block(block)
             if state == PayloadState.FULLY_PRESENT:
                 with self._failing():
                     self.file.punch_hole(place + within, stop - start)
@@ -295,7 +314,7 @@ class Writer:
         # Where no parent can shine through, a block without a place reads as zeros already.
         stay = (states == PayloadState.ZERO) if self.geometry.has_parent else ~present
         for block in (np.flatnonzero(~stay) + first).tolist():
-            state, place = self._block(block)
+            state, place = self.block(block)
             self.set_payload_entry(block, PayloadState.ZERO)
             if state in PRESENT:
                 self._freed.append(place)
@@ -305,9 +324,10 @@ class Writer:
 
     def allocate_block(self) -> int:
         """Return a place in the file for a payload block, all zeros, that nothing refers to."""
-        return self._free.pop() if self._free else self._extend(self.geometry.block_size)
+        return self._free.pop() if self._free else self.extend(self.geometry.block_size)
 
-    def _extend(self, length: int) -> int:
+    def extend(self, length: int) -> int:
+        """Return the place of ``length`` fresh bytes at the file's end, a multiple of 1 MiB, all zeros."""
         if not self._end:
             self._end = self._find_end()
         place = self._end
@@ -327,7 +347,7 @@ class Writer:
                 end = max(end, int(places.max()) + self.geometry.block_size)
         return -(-end // MIB) * MIB
 
-    def _block(self, block: int) -> tuple[int, int]:
+    def block(self, block: int) -> tuple[int, int]:
         """Return state and place of a payload block. Raises CorruptDiskError where writing there would do harm."""
         entry = self.bat.payload_entry(block)
         state, place = decode_bat_entry(entry)
@@ -350,11 +370,29 @@ class Writer:
 
     def set_payload_entry(self, block: int, state: PayloadState, place: int = 0) -> None:
         """Change a payload block's BAT entry, in memory until the next commit."""
-        self._set_entry(self.geometry.payload_index(block), encode_bat_entry(state, place))
+        self.set_entry(self.geometry.payload_index(block), encode_bat_entry(state, place))
 
-    def _set_entry(self, index: int, entry: int) -> None:
+    def set_entry(self, index: int, entry: int) -> None:
+        """Change a BAT entry, in memory until the next commit."""
         self.bat.set_entry(index, entry)
         self._changed_bat.add(index // SECTOR_ENTRIES)
+
+    def set_bitmap_entry(self, chunk: int, place: int) -> None:
+        """Change the place of a chunk's sector bitmap block, 0 for none, in memory until the next commit."""
+        state = BitmapState.PRESENT if place else BitmapState.NOT_PRESENT
+        self.set_entry(self.geometry.bitmap_index(chunk), encode_bat_entry(state, place))
+
+    def commit_patches(self, patches: Sequence[tuple[int, bytes]]) -> None:
+        """Flush, then make changes of structures (offset in the file, bytes) true together, in one log entry.
+
+        The caller has begun a change in the headers. The image in memory does not see them: close it after.
+        """
+        self.flush()
+        patched = PendingSectors(self.file)
+        for offset, data in patches:
+            patched.change(offset, data)
+        with self._failing():
+            self.journal.commit([sector_write(*sector) for sector in patched.contents()])
 
     def _commit_if_many(self) -> None:
         if len(self._changed_bat) + len(self._pending) >= MAX_PENDING_SECTORS:

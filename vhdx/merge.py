@@ -1,0 +1,131 @@
+"""Merging a differencing disk into its parent, so that the parent reads as the child did.
+
+The child is not changed but for its locator, and of the parent only sectors change that the child has its own of.
+So the child reads the same at every instant, and merging anew from the start completes what was cut off. In order:
+
+1. The child's locator gets a second linkage, the DataWriteGuid that the parent is to have. The parent still has the
+   old one, which the child accepts too.
+2. The parent's header gets that DataWriteGuid, before anything else of it changes. From here on other children of the
+   parent would be refused, rightly: a parent that has others in its folder is not merged into.
+3. A parent smaller than the child grows. The child's sectors are written to the parent, what the child says is zeros
+   is trimmed, and the parent is flushed and closed. Now the parent reads as the child does.
+4. Each child of the child, in its folder, is linked to the parent, by one log entry; until then it reads through the
+   child. Its own DataWriteGuid stays, so its children need nothing.
+5. The child is removed. If it is to stay, its locator gets the parent's new GUID alone: it then is a child of the
+   parent that says nothing new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+from uuid import uuid4
+
+import numpy as np
+
+from vhdx.chain import open_vhdx, parent_linkages
+from vhdx.errors import ParentError
+from vhdx.headers import GuidFactory
+from vhdx.osfile import OS_FILES, Files
+from vhdx.progress import Progress, silent
+from vhdx.relink import add_linkage, find_children, relink
+from vhdx.resize import resize_to
+from vhdx.structures import MIB, PayloadState
+from vhdx.vhdx import VhdxDisk
+from vhdx.writer import open_writable, writer_of
+
+PIECE_SIZE: Final = 4 * MIB
+WINDOW_BLOCKS: Final = 1 << 16
+READS_AS_ZEROS: Final = (PayloadState.UNDEFINED, PayloadState.ZERO, PayloadState.UNMAPPED)
+
+
+def merge_into_parent(
+    path: Path | str,
+    *,
+    keep_child: bool = False,
+    allowed_folders: Sequence[Path | str] = (),
+    files: Files = OS_FILES,
+    new_guid: GuidFactory = uuid4,
+    progress: Progress = silent,
+) -> Path:
+    """Make the parent of the differencing disk at ``path`` read as that disk does; return the parent's path.
+
+    The disk is then removed, unless ``keep_child``; its own children in its folder become the parent's. Children in
+    other folders must be relinked by the caller before. Cut off, it is completed by calling it again.
+    Raises ParentError where there is no parent, or it has other children, or is larger; as ``open_writable`` does.
+    """
+    path = Path(path)
+    with open_vhdx(path, allowed_folders=allowed_folders, files=files) as disk:
+        if disk.parent is None:
+            raise disk.parent_error or ParentError("the disk has no parent to merge it into", path=str(path))
+        parent, size, parent_size = disk.parent.path, disk.size, disk.parent.size
+        parent_guid, linkages = disk.parent.image.data_write_guid, parent_linkages(disk.image)
+    _refuse_siblings(path, parent, files)
+    if size < parent_size:
+        raise ParentError(
+            f"its parent is larger, {parent_size} bytes: nothing says what is past its end", path=str(path)
+        )
+    # A merge that was cut off after step 2 goes on under the GUID that it had chosen.
+    begun = parent_guid in linkages[1:] and parent_guid != linkages[0]
+    guid = parent_guid if begun else new_guid()
+    with open_writable(parent, allowed_folders=allowed_folders, files=files, new_guid=new_guid) as target:
+        if not begun:
+            add_linkage(path, guid, files=files, new_guid=new_guid)
+            writer_of(target).set_data_write_guid(guid)
+    if size > parent_size:
+        resize_to(parent, size, allowed_folders=allowed_folders, files=files, new_guid=new_guid, data_write_guid=guid)
+    with (
+        open_writable(parent, allowed_folders=allowed_folders, files=files, new_guid=new_guid) as target,
+        open_vhdx(path, files=files, with_parents=False) as source,
+    ):
+        writer_of(target).set_data_write_guid(guid)
+        _copy_child(source, target, progress)
+    for child in find_children(path, files=files):
+        if child.is_current:
+            relink(child.path, parent, files=files, new_guid=new_guid)
+    if keep_child:
+        relink(path, parent, files=files, new_guid=new_guid)
+    else:
+        files.remove(path)
+    return parent
+
+
+def _refuse_siblings(path: Path, parent: Path, files: Files) -> None:
+    others = [
+        child.path.name
+        for child in find_children(parent, files=files)
+        if child.is_current and not child.path.samefile(path)
+    ]
+    if others:
+        raise ParentError(
+            f"its parent {parent.name} has other children, which need it as it is: {', '.join(others)}",
+            path=str(path),
+            hint="merge or remove those first, or convert this chain into a new disk",
+        )
+
+
+def _copy_child(source: VhdxDisk, target: VhdxDisk, progress: Progress) -> None:
+    """Write to ``target`` what ``source`` says of its own, its parents left out."""
+    buffer = bytearray(PIECE_SIZE)
+    for window in source.stored():
+        for start, end in window.tolist():
+            for offset in range(start, end, PIECE_SIZE):
+                piece = memoryview(buffer)[: min(PIECE_SIZE, end - offset)]
+                source.read_into(offset, piece)
+                target.write_at(offset, piece)
+            progress(end, source.size, "merging")
+    for start, end in _zero_ranges(source):
+        target.trim(start, end - start)
+    progress(source.size, source.size, "merging")
+
+
+def _zero_ranges(source: VhdxDisk) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of the disk's blocks that read as zeros whatever its parent holds."""
+    geometry = source.image.geometry
+    for first in range(0, geometry.block_count, WINDOW_BLOCKS):
+        states = source.image.bat.payload_states(first, min(geometry.block_count, first + WINDOW_BLOCKS))
+        zero = np.isin(states, READS_AS_ZEROS)
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], zero, [False]]).astype(np.int8)))
+        for start, end in (edges.reshape(-1, 2) + first).tolist():
+            yield start * geometry.block_size, min(end * geometry.block_size, geometry.virtual_size)
