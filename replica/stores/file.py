@@ -250,6 +250,8 @@ class FileStore:
         if self._swept:
             return
         self._swept = True
+        if self._marker.exists():
+            self._temporaries.mkdir(exist_ok=True)  # a copy of the store may lack empty folders
         oldest_ns = self._clock_ns() - STALE_SECONDS * 1_000_000_000
         with contextlib.suppress(OSError), os.scandir(self._temporaries) as entries:
             for entry in entries:

@@ -28,6 +28,7 @@ import boto3
 import botocore.exceptions as failures
 import google_crc32c
 from botocore.config import Config
+from botocore.parsers import ResponseParserError
 
 from replica.errors import (
     ConfigurationError,
@@ -66,6 +67,7 @@ _CONFIGURATION_FAILURES: Final = (
 )
 _PASSING_FAILURES: Final = (
     failures.HTTPClientError,
+    failures.ConnectionError,
     failures.IncompleteReadError,
     failures.ResponseStreamingError,
     failures.ReadTimeoutError,
@@ -167,12 +169,7 @@ class S3Store:
 
     def get_tagged(self, key: str) -> tuple[bytes, str]:
         """Return the whole object and its ETag; see ``Store.get_tagged``."""
-        with self._translated(key, "read the object"):
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._name(key))
-            with contextlib.closing(answer["Body"]) as body:
-                data: bytes = body.read()
-        _check_length(key, data, answer["ContentLength"])
-        tag: str = answer["ETag"]
+        data, tag, _ = self._read(key)
         return data, tag
 
     def head(self, key: str) -> ObjectInfo:
@@ -183,7 +180,7 @@ class S3Store:
         except ObjectMissingError:
             self._check_bucket()  # the answer to a HEAD does not say which of the two is missing
             raise
-        return ObjectInfo(key, answer["ContentLength"], answer["ETag"])
+        return ObjectInfo(key, answer["ContentLength"], self._tag_of(answer, key))
 
     def create(self, key: str, data: ObjectData) -> str:
         """Write the object if none exists; see ``Store.create``."""
@@ -269,6 +266,8 @@ class S3Store:
         while True:
             with self._translated(prefix, "list the objects"):
                 page = self._client.list_objects_v2(**request)
+            if "Name" not in page:  # what is no listing would be taken for an empty one
+                raise self._not_s3(prefix)
             yield page
             token = page.get("NextContinuationToken")
             if not page.get("IsTruncated") or not token:
@@ -278,7 +277,7 @@ class S3Store:
     def _objects(self, page: dict[str, Any]) -> Iterator[ObjectInfo]:
         for entry in page.get("Contents", []):
             if not entry["Key"].endswith("/"):  # folder markers that other tools make
-                yield ObjectInfo(entry["Key"][len(self._prefix) :], entry["Size"], entry["ETag"])
+                yield ObjectInfo(entry["Key"][len(self._prefix) :], entry["Size"], self._tag_of(entry, entry["Key"]))
 
     def _tail(self, key: str, count: int, length: int | None) -> bytes:
         data = self._get_range(key, f"bytes=-{count}", None, count)
@@ -289,16 +288,36 @@ class S3Store:
 
     def _get_range(self, key: str, wanted: str, start: int | None, length: int | None) -> bytes:
         try:
-            with self._translated(key, "read the object"):
-                answer = self._client.get_object(Bucket=self._bucket, Key=self._name(key), Range=wanted)
-                with contextlib.closing(answer["Body"]) as body:
-                    data: bytes = body.read()
+            data, _, status = self._read(key, Range=wanted)
         except _RangeOutsideError:
             return b""
-        _check_length(key, data, answer["ContentLength"])
-        if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:  # a server without ranges sends it all
+        if status != 206:  # a server without ranges sends it all
             return data[start:][:length] if start is not None else data[-(length or 0) :]
         return data
+
+    def _read(self, key: str, **options: str) -> tuple[bytes, str, int]:
+        """Return what a GET brings, the ETag and the status."""
+        with self._translated(key, "read the object"):
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._name(key), **options)
+            with contextlib.closing(answer["Body"]) as body:
+                data: bytes = body.read()
+        tag = self._tag_of(answer, key)
+        if len(data) != answer["ContentLength"]:
+            raise StoreUnavailableError(f"{len(data)} bytes arrived of {answer['ContentLength']}", key=key)
+        return data, tag, answer["ResponseMetadata"]["HTTPStatusCode"]
+
+    def _tag_of(self, answer: Mapping[str, Any], key: str) -> str:
+        tag = answer.get("ETag")
+        if not isinstance(tag, str):
+            raise self._not_s3(key)
+        return tag
+
+    def _not_s3(self, key: str) -> StoreUnavailableError:
+        return StoreUnavailableError(
+            f"{self._url} answered something that is not an answer of S3",
+            key=key or None,
+            hint="check the endpoint; a proxy or a login page may stand before it",
+        )
 
     def _put(self, key: str, data: ObjectData, operation: str, condition: dict[str, Any]) -> str:
         content = bytes(data)  # no copy where it is bytes already; botocore takes no memoryview
@@ -314,7 +333,7 @@ class S3Store:
             answer = self._client.put_object(
                 Bucket=self._bucket, Key=self._name(key), Body=content, **condition, **sums
             )
-        tag: str = answer["ETag"]
+        tag = self._tag_of(answer, key)
         if checksum == "crc32c" and answer.get("ChecksumCRC32C") != crc:
             self._checksum = "md5"
             found = _MD5_ETAG.fullmatch(tag)
@@ -351,6 +370,8 @@ class S3Store:
             yield
         except failures.ClientError as error:
             raise self._answer_error(error, key, operation) from error
+        except ResponseParserError as error:
+            raise self._not_s3(key) from error
         except failures.BotoCoreError as error:
             raise self._failure_error(error, key, operation) from error
 
@@ -413,11 +434,6 @@ def _kind_of_answer(status: int, code: str) -> type[StoreError]:
     if status >= 500 or code in _PASSING_CODES:
         return StoreUnavailableError
     return StoreError
-
-
-def _check_length(key: str, data: bytes, promised: int) -> None:
-    if len(data) != promised:
-        raise StoreUnavailableError(f"{len(data)} bytes arrived of {promised}", key=key)
 
 
 def _md5(content: bytes) -> hashlib._Hash:

@@ -61,6 +61,20 @@ def test_files_put_there_by_others_are_objects(tmp_path: Path, store: FileStore)
         assert store.get(key) == b"new"
 
 
+def test_a_copy_without_empty_files_and_folders_works(tmp_path: Path, store: FileStore) -> None:
+    tag = store.create("key", b"x")
+    for path in sorted((tmp_path / "store" / ".godwit").iterdir()):
+        if path.is_dir():
+            path.rmdir()
+        elif path.stat().st_size == 0:
+            path.unlink()
+    copy = FileStore(tmp_path / "store")
+    copy.create("new", b"y")
+    copy.replace("key", b"z", tag=tag)
+    copy.delete("new")
+    assert [info.key for info in copy.list("")] == ["key"]
+
+
 def test_what_can_be_no_object_is_not_listed(tmp_path: Path, store: FileStore) -> None:
     root = tmp_path / "store"
     store.create("real", b"x")
