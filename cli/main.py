@@ -32,6 +32,13 @@ class LazyCommand:
 
 # Every command, in the order in which the help lists them.
 COMMANDS: dict[str, LazyCommand] = {
+    "init": LazyCommand("cli.stores:init", "Make an address a store."),
+    "protect": LazyCommand("cli.protection:protect", "Protect a VM, made of its disk files."),
+    "status": LazyCommand("cli.protection:status", "Show the protected VMs and how they stand."),
+    "replicate": LazyCommand("cli.replication:replicate", "Make a recovery point of a VM as it is now."),
+    "points": LazyCommand("cli.replication:points", "List the recovery points of a VM."),
+    "restore": LazyCommand("cli.recovery:restore", "Restore disks of a VM into new files."),
+    "verify": LazyCommand("cli.recovery:verify", "Verify recovery points without changing anything."),
     "disk": LazyCommand("cli.disk:disk", "Inspect, check, convert and change disk images."),
 }
 

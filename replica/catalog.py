@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from replica import history, keys, lease, manifest, record
+from replica.block import LARGEST_DISK_NUMBER
 from replica.errors import (
     IntegrityError,
     NoStoreError,
@@ -88,7 +89,8 @@ def protect(
     now = host.clock.now()
     vm = Vm(host.randomness.new_id(), name, now, host.randomness.seed())
     vm_keys = VmKeys(tenant, vm.vm_id)
-    settings = Settings(1, machine, sources, interval_seconds, compression_level)
+    next_disk_number = max((one.number for one in sources), default=-1) + 1
+    settings = Settings(1, machine, sources, next_disk_number, interval_seconds, compression_level)
     store.create(vm_keys.vm, _encode_vm(vm))
     store.create(vm_keys.settings(1), encode_settings(settings))
     store.create(vm_keys.lease, lease.encode(LeaseRecord(0, False, None, now, now, 0, 1, False)))
@@ -120,6 +122,7 @@ def update_settings(
             version=before.version + 1,
             machine=machine or before.machine,
             sources=before.sources if sources is None else sources,
+            next_disk_number=max([before.next_disk_number, *(one.number + 1 for one in sources or ())]),
             interval_seconds=interval_seconds or before.interval_seconds,
             compression_level=before.compression_level if compression_level is None else compression_level,
         )
@@ -169,6 +172,7 @@ def read_settings(store: Store, vm_keys: VmKeys, version: int) -> Settings:
         version=body.integer("version", least=1),
         machine=manifest.decode_machine(body.fields("machine")),
         sources=sources,
+        next_disk_number=body.integer("next_disk_number", most=LARGEST_DISK_NUMBER + 1),
         interval_seconds=body.integer("interval_seconds", least=1),
         compression_level=body.integer("compression_level", least=-100, most=22),
     )
@@ -184,6 +188,7 @@ def encode_settings(settings: Settings) -> bytes:
             "sources": [
                 {"number": one.number, "name": one.name, "path": one.path, "bus": one.bus} for one in settings.sources
             ],
+            "next_disk_number": settings.next_disk_number,
             "interval_seconds": settings.interval_seconds,
             "compression_level": settings.compression_level,
         },

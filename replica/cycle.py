@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
 
 from replica import catalog, history, lease
 from replica.block import Digest
@@ -16,25 +14,16 @@ from replica.catalog import ProtectedVm
 from replica.host import Host
 from replica.lease import Lease
 from replica.leftovers import Leftovers
-from replica.mapstore import MapBuilder, MapStore
+from replica.mapstore import MapBuilder, MapStore, map_cache
 from replica.model import Consistency, CycleStatistics, DiskRecord, Point
 from replica.packer import Packer
 from replica.pipeline import Uploads, ordered
 from replica.scan import Changes, Comparer, plan
 from replica.source import OpenDisk, OpenSource, open_for_reading, opened
 from replica.stores.store import Store
+from replica.workers import Workers
 from vhdx.disk import Disk
 from vhdx.progress import Progress, silent
-
-BATCHES_PER_THREAD: Final = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Workers:
-    """How much is done at once. Memory: about 16 MiB for each thread, and for each upload and one more."""
-
-    threads: int = 2
-    uploads: int = 3
 
 
 @dataclass(slots=True)
@@ -161,7 +150,7 @@ class _Cycle:
             pool,
             comparer,
             plan(one.disk, number, known),
-            limit=self._workers.threads * BATCHES_PER_THREAD,
+            limit=self._workers.batches,
             tick=self._held.renew_if_due,
         )
         with closing(results):
@@ -195,11 +184,6 @@ class _Cycle:
         self._totals.changed_blocks += changes.added_blocks
         self._totals.zero_blocks += sum(map(len, changes.zeros))
         self._totals.reused_blocks += len(changes.found[0]) if changes.found else 0
-
-
-def map_cache(host: Host) -> Path | None:
-    """Return where this machine keeps copies of maps, or None where it keeps nothing."""
-    return host.state_folder / "cache" if host.state_folder else None
 
 
 def _extent_bytes(disk: Disk) -> int:

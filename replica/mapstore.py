@@ -11,6 +11,7 @@ import xxhash
 
 from replica.blockmap import BlockMap, level_for, merge_into, plan_merge
 from replica.errors import IntegrityError, ObjectMissingError
+from replica.host import Host
 from replica.keys import VmKeys
 from replica.maptable import EncodedPart, Entries, MapPart, MapWriter, SegmentTable
 from replica.model import MapPartRef, MapRef
@@ -141,3 +142,8 @@ class MapBuilder:
 
 def _reference(made: EncodedPart) -> MapPartRef:
     return MapPartRef(made.part, made.entries, made.first_key, made.last_key, len(made.data), made.checksum)
+
+
+def map_cache(host: Host) -> Path | None:
+    """Return where this machine keeps copies of maps, or None where it keeps nothing."""
+    return host.state_folder / "cache" if host.state_folder else None

@@ -60,6 +60,7 @@ class Settings:
     version: int
     machine: Machine
     sources: tuple[SourceDisk, ...]
+    next_disk_number: int
     interval_seconds: int = 300
     compression_level: int = 1
 

@@ -13,14 +13,14 @@ import numpy as np
 from replica.block import BLOCK_BYTES, Digest, block_count, disk_base
 from replica.blockmap import BlockMap
 from replica.catalog import ProtectedVm
-from replica.cycle import BATCHES_PER_THREAD, Workers, map_cache
 from replica.errors import IntegrityError
 from replica.host import Host
-from replica.mapstore import MapStore
+from replica.mapstore import MapStore, map_cache
 from replica.model import DiskRecord, Point
 from replica.pipeline import ordered
 from replica.reader import BlockReader, Fetch, digest_of, plan_fetches
 from replica.stores.store import Store
+from replica.workers import Workers
 from vhdx.disk import Extents, ReadableBuffer
 from vhdx.progress import Progress, silent
 
@@ -67,7 +67,9 @@ class PointReader:
         self._map = BlockMap(point.maps, MapStore(store, found.keys, map_cache(host)).fetch)
         self._reader = BlockReader(store, found.keys.tenant, found.vm.hash_seed)
 
-    def restore(self, disk: DiskRecord, target: Target, progress: Progress = silent) -> DiskCheck:
+    def restore(
+        self, disk: DiskRecord, target: Target, progress: Progress = silent, *, phase: str = "restoring"
+    ) -> DiskCheck:
         """Write every data block of ``disk`` into ``target``, each checked against the hash taken when it was read.
 
         Memory: about 12 MiB for each thread and what the map holds. Raises IntegrityError naming the object that is
@@ -95,11 +97,11 @@ class PointReader:
             return len(read.numbers) * BLOCK_BYTES
 
         with ThreadPoolExecutor(self._workers.threads, "restore") as pool:
-            results = ordered(pool, work, fetches(), limit=self._workers.threads * BATCHES_PER_THREAD)
+            results = ordered(pool, work, fetches(), limit=self._workers.batches)
             with closing(results):
                 for count in results:
                     done += count
-                    progress(done, disk.data_blocks * BLOCK_BYTES, "restoring")
+                    progress(done, disk.data_blocks * BLOCK_BYTES, phase)
         if digest != disk.digest or blocks != disk.data_blocks:
             raise IntegrityError(
                 f"disk {disk.number} of point {self._point.point} holds other blocks than were replicated: "

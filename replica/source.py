@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from vhdx.formats import open_disk
-
 from replica.block import LARGEST_DISK_BYTES
 from replica.errors import SourceError
 from replica.model import Settings, SourceDisk
 from vhdx.disk import Disk
 from vhdx.errors import DiskError
+from vhdx.formats import chain_of, open_disk
 
 
 class OpenDisk(Protocol):
@@ -66,20 +65,10 @@ def opened(settings: Settings, open_: OpenDisk = open_for_reading) -> Iterator[l
 def _fingerprints(disk: Disk) -> dict[Path, tuple[int, int, int]]:
     """Return size and times of each file that the disk is made of."""
     marks = {}
-    for path in disk_files(disk):
+    for path in chain_of(disk):
         try:
             status = path.stat()
         except OSError as error:
             raise DiskError("the file went away while it was being read", path=str(path)) from error
         marks[path] = (status.st_size, status.st_mtime_ns, status.st_ino)
     return marks
-
-
-def disk_files(disk: Disk) -> list[Path]:
-    """Return the files that the disk is made of: its own, and its parents'."""
-    files = [disk.path]
-    parent = getattr(disk, "parent", None)
-    while parent is not None and len(files) < 256:
-        files.append(parent.path)
-        parent = getattr(parent, "parent", None)
-    return files

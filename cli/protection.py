@@ -1,0 +1,228 @@
+"""godwit protect and status: which VMs are protected, from what, and how they stand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from cli.output import Output, output_options
+from cli.session import Duration, Session, duration_text, store_options
+from cli.sizes import SIZE, human_size
+from replica import catalog, manifest
+from replica import protection as protect_disks
+from replica.catalog import ProtectedVm
+from replica.errors import GodwitError
+from replica.history import newest
+from replica.model import Machine, Nic, Point, Settings
+from replica.protection import MachineWishes
+from replica.stores.store import Store
+
+
+@click.command()
+@click.argument("name")
+@click.option(
+    "--disk",
+    "disks",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A disk of the VM: VHDX, AVHDX, VHD or raw; the boot disk first. May be repeated.",
+)
+@click.option("--every", type=Duration(), help="The interval between recovery points.  [default: 5m]")
+@click.option("--generation", type=click.Choice(["1", "2"]), help="1 is BIOS, 2 is UEFI.  [default: by the boot disk]")
+@click.option("--cpus", type=click.IntRange(1, 4096), help="Processors of the machine.  [default: 2]")
+@click.option("--memory", type=SIZE, help="Memory of the machine, such as 4G.  [default: 2G]")
+@click.option("--nic", "nics", multiple=True, metavar="MAC[@NETWORK]", help="A network adapter. May be repeated.")
+@click.option("--secure-boot/--no-secure-boot", default=None, help="Whether the machine has Secure Boot.")
+@click.option("--level", type=click.IntRange(-7, 19), help="The zstd compression level.  [default: 1]")
+@click.option("--update", is_flag=True, help="Change how a VM is protected that already is; its history stays.")
+@store_options
+@output_options
+def protect(
+    output: Output,
+    name: str,
+    disks: tuple[Path, ...],
+    every: int | None,
+    generation: str | None,
+    cpus: int | None,
+    memory: int | None,
+    nics: tuple[str, ...],
+    secure_boot: bool | None,
+    level: int | None,
+    update: bool,
+    *,
+    session: Session,
+) -> None:
+    """Protect the VM NAME, made of its disk files.
+
+    This records the disks and the machine that they belong to; 'godwit replicate NAME' then makes recovery points.
+    """
+    wishes = MachineWishes(_generation(generation), cpus, memory, _nics(nics), secure_boot)
+    store = session.store()
+    if update:
+        found = session.vm(store, name)
+        settings = protect_disks.update(
+            store,
+            session.host,
+            found,
+            disks=disks,
+            wishes=wishes,
+            interval_seconds=every,
+            compression_level=level,
+        )
+    else:
+        found, settings = protect_disks.protect(
+            store,
+            session.host,
+            tenant=session.configuration.tenant,
+            name=name,
+            disks=disks,
+            wishes=wishes,
+            interval_seconds=every or 300,
+            compression_level=1 if level is None else level,
+        )
+
+    def render() -> None:
+        output.line(f"{name} is protected: a recovery point is wanted every {duration_text(settings.interval_seconds)}")
+        _render_machine(output, settings.machine)
+        for one in settings.sources:
+            output.line(f"  disk {one.number}: {one.path}")
+        output.note(f"next: godwit replicate {name} --store {store.url}")
+
+    output.show(_settings_document(found, settings), render)
+
+
+def _generation(text: str | None) -> Literal[1, 2] | None:
+    return None if text is None else (2 if text == "2" else 1)
+
+
+def _nics(written: tuple[str, ...]) -> tuple[Nic, ...] | None:
+    nics = []
+    for one in written:
+        mac, _, network = one.partition("@")
+        pairs = mac.lower().replace("-", ":").split(":")
+        if len(pairs) != 6 or not all(len(p) == 2 and set(p) <= set("0123456789abcdef") for p in pairs):
+            raise click.BadParameter(f"{one!r} is no network adapter: write 00:15:5d:01:02:03 or 00:15:5d:01:02:03@LAN")
+        nics.append(Nic(":".join(pairs), network or None))
+    return tuple(nics) or None
+
+
+def _render_machine(output: Output, machine: Machine) -> None:
+    secure = ", Secure Boot" if machine.secure_boot else ""
+    output.line(
+        f"  machine: Generation {machine.generation} ({machine.firmware.upper()}{secure}), "
+        f"{machine.cpus} CPUs, {human_size(machine.memory_bytes)} of memory"
+    )
+    for nic in machine.nics:
+        output.line(f"  network adapter: {nic.mac}{f' on {nic.network}' if nic.network else ''}")
+
+
+def _settings_document(found: ProtectedVm, settings: Settings) -> dict[str, Any]:
+    return {
+        "name": found.vm.name,
+        "vm_id": found.vm.vm_id,
+        "settings_version": settings.version,
+        "interval_seconds": settings.interval_seconds,
+        "compression_level": settings.compression_level,
+        "machine": manifest.encode_machine(settings.machine),
+        "disks": [{"number": one.number, "name": one.name, "path": one.path} for one in settings.sources],
+    }
+
+
+@click.command()
+@click.argument("name", required=False)
+@store_options
+@output_options
+def status(output: Output, name: str | None, *, session: Session) -> int | None:
+    """Show the protected VMs, or the VM NAME: its newest recovery point, its disks and its machine."""
+    store = session.store()
+    catalog.read_store(store)
+    names = [name] if name else list(catalog.names(store, session.configuration.tenant))
+    rows: list[dict[str, Any]] = []
+    for one in names:
+        try:
+            rows.append(_status_of(store, session, one))
+        except GodwitError as error:
+            if name:
+                raise
+            rows.append({"name": one, "error": str(error)})
+
+    def render() -> None:
+        if name:
+            _render_status(output, rows[0])
+        elif not rows:
+            output.note("no VM is protected in this store yet: godwit protect NAME --disk PATH")
+        else:
+            output.table(
+                ["VM", "newest point", "RPO", "wanted", "disks", "size", "note"],
+                [_status_row(row) for row in rows],
+                right=(1, 2, 3, 4, 5),
+            )
+
+    output.show(rows[0] if name else {"vms": rows}, render)
+    return 3 if any("error" in row for row in rows) else None
+
+
+def _status_of(store: Store, session: Session, name: str) -> dict[str, Any]:
+    found = session.vm(store, name)
+    settings = catalog.settings_in_force(store, found)
+    point = newest(store, found.keys)
+    return {
+        **_settings_document(found, settings),
+        "protected_since": found.vm.created_at,
+        "newest_point": point.point if point else None,
+        "newest_at": point.created_at if point else None,
+        "rpo_seconds": _age(session, point),
+        "size_bytes": point.size if point else None,
+    }
+
+
+def _age(session: Session, point: Point | None) -> int | None:
+    return int((session.host.clock.now() - point.created_at).total_seconds()) if point else None
+
+
+def _status_row(row: dict[str, Any]) -> list[str]:
+    if "error" in row:
+        return [row["name"], "", "", "", "", "", row["error"]]
+    if row["newest_point"] is None:
+        return [
+            row["name"],
+            "none",
+            "",
+            duration_text(row["interval_seconds"]),
+            str(len(row["disks"])),
+            "",
+            "no point yet",
+        ]
+    late = row["rpo_seconds"] > 2 * row["interval_seconds"]
+    return [
+        row["name"],
+        str(row["newest_point"]),
+        duration_text(row["rpo_seconds"]),
+        duration_text(row["interval_seconds"]),
+        str(len(row["disks"])),
+        human_size(row["size_bytes"]),
+        "late" if late else "",
+    ]
+
+
+def _render_status(output: Output, row: dict[str, Any]) -> None:
+    machine = row["machine"]
+    newest_text = "none yet"
+    if row["newest_point"] is not None:
+        newest_text = f"{row['newest_point']}, {duration_text(row['rpo_seconds'])} old"
+    output.fields(
+        [
+            ("VM", row["name"]),
+            ("id", row["vm_id"]),
+            ("newest point", newest_text),
+            ("wanted every", duration_text(row["interval_seconds"])),
+            (
+                "machine",
+                f"Generation {machine['generation']}, {machine['cpus']} CPUs, {human_size(machine['memory_bytes'])}",
+            ),
+            ("disks", [f"{disk['number']}: {disk['path']}" for disk in row["disks"]]),
+        ]
+    )

@@ -1,0 +1,168 @@
+"""What `protect` does: looks at the disks, describes the machine they belong to, and records both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal
+
+from conversion.gpt import is_uefi_boot_disk
+from replica import catalog
+from replica.block import LARGEST_DISK_BYTES
+from replica.catalog import ProtectedVm
+from replica.errors import UsageError
+from replica.host import Host
+from replica.model import Machine, Nic, Settings, SourceDisk
+from replica.source import OpenDisk, open_for_reading
+from replica.stores.store import Store
+from vhdx.disk import Disk
+
+SHORTEST_INTERVAL_SECONDS: Final = 10
+LEVELS: Final = range(-7, 20)
+
+
+@dataclass(frozen=True, slots=True)
+class MachineWishes:
+    """What was said of the machine; None is inferred or left as it is."""
+
+    generation: Literal[1, 2] | None = None
+    cpus: int | None = None
+    memory_bytes: int | None = None
+    nics: tuple[Nic, ...] | None = None
+    secure_boot: bool | None = None
+
+
+def protect(
+    store: Store,
+    host: Host,
+    *,
+    tenant: str,
+    name: str,
+    disks: Sequence[Path],
+    wishes: MachineWishes = MachineWishes(),
+    interval_seconds: int = 300,
+    compression_level: int = 1,
+    open_disk: OpenDisk = open_for_reading,
+) -> tuple[ProtectedVm, Settings]:
+    """Begin to protect the VM whose disks these files are, the boot disk first. Nothing is copied yet.
+
+    Raises UsageError for contradictions and a name that is taken, DiskError for a file that is no disk.
+    """
+    if not disks:
+        raise UsageError("a VM needs at least one disk", hint="name it with --disk PATH")
+    _check(interval_seconds, compression_level)
+    catalog.read_store(store)
+    sources = number_disks((), disks, next_number=0)
+    generation = look_at(sources, open_disk)
+    machine = describe(Machine(wishes.generation or generation), wishes)
+    found = catalog.protect(
+        store,
+        host,
+        tenant=tenant,
+        name=name,
+        machine=machine,
+        sources=sources,
+        interval_seconds=interval_seconds,
+        compression_level=compression_level,
+    )
+    return found, catalog.settings_in_force(store, found)
+
+
+def update(
+    store: Store,
+    host: Host,
+    found: ProtectedVm,
+    *,
+    disks: Sequence[Path] = (),
+    wishes: MachineWishes = MachineWishes(),
+    interval_seconds: int | None = None,
+    compression_level: int | None = None,
+    open_disk: OpenDisk = open_for_reading,
+) -> Settings:
+    """Change how a VM is protected. ``disks``, where given, are all its disks from now on; history stays.
+
+    A disk whose path is known keeps its number, so that its next point is a delta. Raises UsageError, LeaseHeldError.
+    """
+    before = catalog.settings_in_force(store, found)
+    _check(
+        interval_seconds or before.interval_seconds,
+        before.compression_level if compression_level is None else compression_level,
+    )
+    sources = None
+    if disks:
+        sources = number_disks(before.sources, disks, next_number=before.next_disk_number)
+        look_at(sources, open_disk)
+    return catalog.update_settings(
+        store,
+        host,
+        found,
+        machine=describe(before.machine, wishes),
+        sources=sources,
+        interval_seconds=interval_seconds,
+        compression_level=compression_level,
+    )
+
+
+def _check(interval_seconds: int, compression_level: int) -> None:
+    if interval_seconds < SHORTEST_INTERVAL_SECONDS:
+        raise UsageError(f"an interval of {interval_seconds} s is too short", hint="10 seconds is the least")
+    if compression_level not in LEVELS:
+        raise UsageError(f"compression level {compression_level} does not exist", hint="choose from -7 to 19")
+
+
+def number_disks(known: Iterable[SourceDisk], paths: Sequence[Path], *, next_number: int) -> tuple[SourceDisk, ...]:
+    """Return the disks with numbers: those known by path keep theirs, new ones get numbers from ``next_number`` on.
+
+    Raises UsageError where a file is named twice.
+    """
+    by_path = {one.path: one for one in known}
+    disks: list[SourceDisk] = []
+    names: set[str] = set()
+    for given in paths:
+        path = Path(given).absolute()
+        if any(one.path == str(path) for one in disks):
+            raise UsageError(f"{path} is named twice", hint="name each disk once")
+        disk = by_path.get(str(path))
+        if disk is None:
+            disk = SourceDisk(next_number, path.stem, str(path))
+            next_number += 1
+        if disk.name in names:
+            disk = replace(disk, name=f"{disk.name}-{disk.number}")
+        names.add(disk.name)
+        disks.append(disk)
+    return tuple(disks)
+
+
+def look_at(sources: Iterable[SourceDisk], open_disk: OpenDisk) -> Literal[1, 2]:
+    """Open each disk, read its ends, and tell the machine's generation: 2 where the first has an EFI system partition.
+
+    Raises DiskError for what cannot be read, so that it is known now and not in the first cycle.
+    """
+    generations: list[Literal[1, 2]] = []
+    for source in sources:
+        with open_disk(Path(source.path)) as disk:
+            _check_size(disk)
+            disk.read_at(disk.size - disk.sector_size, disk.sector_size)
+            generations.append(2 if is_uefi_boot_disk(disk) else 1)
+    return generations[0]
+
+
+def _check_size(disk: Disk) -> None:
+    if not disk.sector_size <= disk.size <= LARGEST_DISK_BYTES:
+        raise UsageError(f"{disk.path}: a disk of {disk.size} bytes cannot be protected", hint="64 TiB is the most")
+
+
+def describe(machine: Machine, wishes: MachineWishes) -> Machine:
+    """Return the machine with what was said of it. Raises UsageError for contradictions."""
+    described = replace(
+        machine,
+        generation=wishes.generation or machine.generation,
+        cpus=wishes.cpus or machine.cpus,
+        memory_bytes=wishes.memory_bytes or machine.memory_bytes,
+        nics=machine.nics if wishes.nics is None else wishes.nics,
+        secure_boot=machine.secure_boot if wishes.secure_boot is None else wishes.secure_boot,
+    )
+    if described.secure_boot and described.generation == 1:
+        raise UsageError("Secure Boot needs a machine of Generation 2", hint="leave one of the two out")
+    return described
