@@ -61,14 +61,16 @@ def merge_into_parent(
             raise disk.parent_error or ParentError("the disk has no parent to merge it into", path=str(path))
         parent, size, parent_size = disk.parent.path, disk.size, disk.parent.size
         parent_guid, linkages = disk.parent.image.data_write_guid, parent_linkages(disk.image)
-    _refuse_siblings(path, parent, files)
     if size < parent_size:
         raise ParentError(
             f"its parent is larger, {parent_size} bytes: nothing says what is past its end", path=str(path)
         )
-    # A merge that was cut off after step 2 goes on under the GUID that it had chosen.
+    # A merge that was cut off after step 2 goes on under the GUID that it had chosen. Disks that name the parent by
+    # that one were linked to it when it read as the child does, and it will: they are no hindrance.
     begun = parent_guid in linkages[1:] and parent_guid != linkages[0]
     guid = parent_guid if begun else new_guid()
+    if not begun:
+        _refuse_siblings(path, parent, files)
     with open_writable(parent, allowed_folders=allowed_folders, files=files, new_guid=new_guid) as target:
         if not begun:
             add_linkage(path, guid, files=files, new_guid=new_guid)
