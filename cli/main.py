@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import click
 
 from cli import failure
+from cli.lazy import LazyCommand, LazyGroup
 from cli.output import Output
-
-
-@dataclass(frozen=True, slots=True)
-class LazyCommand:
-    """Where a command lives, ``module:attribute``, and the line that the list of commands shows for it."""
-
-    target: str
-    help: str
-
-    def load(self) -> click.Command:
-        """Import the command."""
-        module, _, attribute = self.target.partition(":")
-        command = getattr(importlib.import_module(module), attribute)
-        assert isinstance(command, click.Command), self.target
-        return command
-
 
 # Every command, in the order in which the help lists them.
 COMMANDS: dict[str, LazyCommand] = {
@@ -43,28 +25,6 @@ COMMANDS: dict[str, LazyCommand] = {
 }
 
 
-class LazyGroup(click.Group):
-    """A group that knows its commands by name and help line, and imports one when it is run."""
-
-    def __init__(self, *args: Any, table: dict[str, LazyCommand] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._table = COMMANDS if table is None else table
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names, in the table's order."""
-        return list(self._table)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command of that name."""
-        entry = self._table.get(cmd_name)
-        return entry.load() if entry else None
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of commands from the table alone."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, entry.help) for name, entry in self._table.items()])
-
-
 def _show_version(context: click.Context, _: click.Parameter, value: bool) -> None:
     if value and not context.resilient_parsing:
         from importlib.metadata import version  # noqa: PLC0415 - costs more than the rest of the start
@@ -75,6 +35,7 @@ def _show_version(context: click.Context, _: click.Parameter, value: bool) -> No
 
 @click.group(
     cls=LazyGroup,
+    table=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 degraded or partial, 10 no store, 11 lease held by another "
     "agent, 12 data is damaged, 13 configuration, 14 conversion refused, 130 interrupted.",

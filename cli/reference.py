@@ -83,7 +83,8 @@ def _option_help(option: click.Option) -> str:
     text = (option.help or "").replace("|", "\\|")
     if option.show_default and isinstance(option.default, (str, int)):
         text += f" Default: {option.default}."
-    return text + (" Required." if option.required else "") + (" May be repeated." if option.multiple else "")
+    remarks = ("Required.", option.required), ("May be repeated.", option.multiple)
+    return " ".join([text, *(remark for remark, holds in remarks if holds and remark not in text)]).strip()
 
 
 if __name__ == "__main__":

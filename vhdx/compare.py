@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from vhdx.disk import Disk, Extents
-from vhdx.extents import merged, runs_of, total_length
+from vhdx.extents import merged, runs_of
 from vhdx.progress import Progress, silent
 
 SECTOR_SIZE: Final = 512  # what differences are told in, whatever sectors the disks have
@@ -83,8 +83,3 @@ def _different_sectors(
         words.append(np.frombuffer(view, dtype=np.uint64))
     unequal = (words[0] != words[1]).reshape(-1, SECTOR_SIZE // 8).any(axis=1)
     return runs_of(unequal) * SECTOR_SIZE + position
-
-
-def allocated_bytes(disk: Disk) -> int:
-    """Return how many bytes of a disk lie in allocated extents."""
-    return sum(total_length(window) for window in disk.allocated())

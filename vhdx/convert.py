@@ -13,7 +13,7 @@ import numpy as np
 
 from vhdx import qcow2
 from vhdx.bulk import file_exists, name_file
-from vhdx.compare import allocated_bytes, compare
+from vhdx.compare import compare
 from vhdx.disk import Disk
 from vhdx.errors import CorruptDiskError, OsError
 from vhdx.extents import runs_of
@@ -22,6 +22,7 @@ from vhdx.osfile import OS_FILES, Files, temporary_path, translated
 from vhdx.progress import Progress, silent
 from vhdx.raw import RawDisk
 from vhdx.target import Target, TargetFormat, create_target
+from vhdx.windows import length_of
 
 ConvertFormat: TypeAlias = TargetFormat | Literal["qcow2"]
 CONVERT_FORMATS: Final[tuple[ConvertFormat, ...]] = (*get_args(TargetFormat), "qcow2")
@@ -207,7 +208,7 @@ def copy_content(source: Disk, target: Target, *, progress: Progress = silent) -
 
     Reading runs ahead of writing in a thread of its own. Memory: ``BUFFERS`` pieces of ``CHUNK_BYTES``.
     """
-    total_bytes = allocated_bytes(source)
+    total_bytes = length_of(source.allocated())
     free = [bytearray(CHUNK_BYTES) for _ in range(BUFFERS)]
     reading: deque[tuple[int, bytearray, int, Future[None]]] = deque()
     read_bytes = written_bytes = 0

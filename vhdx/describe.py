@@ -11,7 +11,6 @@ from uuid import UUID
 from vhdx import qcow2
 from vhdx.chain import open_vhdx, parent_linkages, parent_paths
 from vhdx.errors import DiskError, ParentError
-from vhdx.extents import total_length
 from vhdx.formats import detect_format, open_disk
 from vhdx.osfile import OS_FILES, Files, translated
 from vhdx.raw import RawDisk
@@ -19,6 +18,7 @@ from vhdx.vhd import FixedVhdDisk, SparseVhdDisk, VhdDisk
 from vhdx.vhd_parent import read_references
 from vhdx.vhd_structures import DiskType, Geometry
 from vhdx.vhdx import VhdxDisk
+from vhdx.windows import length_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def describe(path: Path | str, *, allowed_folders: Sequence[Path | str] = (), fi
         if isinstance(disk, SparseVhdDisk):
             return _describe_sparse_vhd(disk)
         assert isinstance(disk, RawDisk)
-        stored = sum(total_length(window) for window in disk.allocated())
+        stored = length_of(disk.allocated())
         described = _description(path, known, "fixed", disk.size, stored=stored, allocated=stored, sector_size=512)
         return _with_footer(described, disk) if isinstance(disk, FixedVhdDisk) else described
 
@@ -163,13 +163,13 @@ def _describe_vhdx(path: Path, allowed_folders: Sequence[Path | str], files: Fil
     with disk:
         image = disk.image
         metadata = image.metadata
-        stored = sum(total_length(window) for window in disk.stored())
+        stored = length_of(disk.stored())
         described = _description(path, "vhdx", _vhdx_kind(disk), disk.size, stored=stored, sector_size=disk.sector_size)
         last_error = refused or disk.chain[-1].parent_error
         faults = (*image.header_faults, *image.region_faults)
         return replace(
             described,
-            allocated_size=None if last_error else sum(total_length(window) for window in disk.allocated()),
+            allocated_size=None if last_error else length_of(disk.allocated()),
             block_size=metadata.file_parameters.block_size,
             physical_sector_size=metadata.physical_sector_size,
             identifier=metadata.disk_id,
@@ -214,7 +214,7 @@ def _told(error: DiskError | None) -> str | None:
 
 
 def _vhdx_link(disk: VhdxDisk) -> Link:
-    stored = sum(total_length(window) for window in disk.stored())
+    stored = length_of(disk.stored())
     return Link(disk.path, _vhdx_kind(disk), disk.size, _file_sizes(disk.path)[0], stored)
 
 
@@ -230,7 +230,7 @@ def _describe_sparse_vhd(disk: SparseVhdDisk) -> Description:
     differencing = disk.footer.kind is DiskType.DIFFERENCING
     described = replace(
         described,
-        allocated_size=None if error else sum(total_length(window) for window in disk.allocated()),
+        allocated_size=None if error else length_of(disk.allocated()),
         block_size=disk.block_size,
         problems=tuple(problem.message for problem in disk.layout.problems),
         parent=_vhd_parent(disk, error) if differencing else None,
@@ -252,7 +252,7 @@ def _with_footer(described: Description, disk: VhdDisk) -> Description:
 
 def _vhd_stored(disk: VhdDisk) -> int:
     extents = disk.stored() if isinstance(disk, SparseVhdDisk) else disk.allocated()
-    return sum(total_length(window) for window in extents)
+    return length_of(extents)
 
 
 def _vhd_parent(disk: SparseVhdDisk, error: DiskError | None) -> ParentState:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from cli import failure, main
+from cli.lazy import LazyCommand
 from cli.output import Output, escape, output_options, to_json
 from cli.sizes import human_size, parse_size
 from replica.errors import ConfigurationError, LeaseHeldError, NoStoreError
@@ -34,8 +35,8 @@ def run_failing(error: BaseException, monkeypatch: pytest.MonkeyPatch, *options:
 
 
 def run_command(command: click.Command, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(main.LazyCommand, "load", lambda _: command)
-    monkeypatch.setitem(main.COMMANDS, "run", main.LazyCommand("x:y", "Run."))
+    monkeypatch.setattr(LazyCommand, "load", lambda _: command)
+    monkeypatch.setitem(main.COMMANDS, "run", LazyCommand("x:y", "Run."))
     output = Output(stdout=io.StringIO(), stderr=io.StringIO())
     code = main.run(["run", *arguments], output)
     assert isinstance(output.stdout, io.StringIO)

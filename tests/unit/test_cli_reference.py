@@ -5,6 +5,8 @@ from pathlib import Path
 import click
 import pytest
 
+from cli.disk import DISK_COMMANDS
+from cli.lazy import LazyCommand
 from cli.main import COMMANDS, root
 from cli.reference import reference
 
@@ -35,9 +37,8 @@ def test_every_command_has_help_and_a_json_form(path: str, command: click.Comman
         assert all(parameter.help for parameter in command.params if isinstance(parameter, click.Option))
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_line_in_the_table_is_the_one_of_the_command(name: str) -> None:
-    entry = COMMANDS[name]
-    command = entry.load()
-    assert command.name == name
-    assert (command.help or "").splitlines()[0] == entry.help
+@pytest.mark.parametrize("table", [COMMANDS, DISK_COMMANDS], ids=["godwit", "disk"])
+def test_a_table_names_commands_as_they_name_themselves(table: dict[str, LazyCommand]) -> None:
+    for name, entry in table.items():
+        assert entry.load().name == name
+        assert entry.help.endswith(".") and len(entry.help) <= 80

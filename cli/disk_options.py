@@ -1,0 +1,18 @@
+"""What the disk commands take alike: paths, folders of parents, formats, consent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+IMAGE = click.Path(path_type=Path)
+
+parent_folder_option = click.option(
+    "--parent-folder",
+    type=IMAGE,
+    multiple=True,
+    help="A folder from which parents may be opened, beside the image's own.",
+)
+dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
