@@ -148,6 +148,7 @@ def test_a_broken_promise_is_named(flaw: str, call: str) -> None:
     with pytest.raises(StoreRefusedError) as caught:
         probe_store(CarelessStore(flaw))
     assert f": {call}" in str(caught.value)
+    assert ("were told that they succeeded" in str(caught.value)) == ("at once" in call)
     assert caught.value.hint
 
 
