@@ -71,10 +71,10 @@ def merge_into_parent(
     guid = parent_guid if begun else new_guid()
     if not begun:
         _refuse_siblings(path, parent, files)
-    with open_writable(parent, allowed_folders=allowed_folders, files=files, new_guid=new_guid) as target:
+    with open_writable(parent, allowed_folders=allowed_folders, files=files, new_guid=new_guid):
+        # The parent can be written to, and by nobody else: now the child may expect it to change.
         if not begun:
             add_linkage(path, guid, files=files, new_guid=new_guid)
-            writer_of(target).set_data_write_guid(guid)
     if size > parent_size:
         resize_to(parent, size, allowed_folders=allowed_folders, files=files, new_guid=new_guid, data_write_guid=guid)
     with (

@@ -86,6 +86,11 @@ def make_chain(folder: Path, length: int, *, sector_size: int = 512, size: int =
         else:
             create_disk(path, size=size, block_size=MIB, sector_size=sector_size)
         scribble(path, seed=number)
+        with open_writable(path) as disk:
+            if number % 2:
+                disk.write_at(2 * MIB, bytes([number]) * 5000)
+            else:
+                disk.trim(2 * MIB, MIB)  # a child that hides its parent's data behind zeros
         paths.append(path)
     return paths
 
