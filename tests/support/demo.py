@@ -201,7 +201,7 @@ def look(demo: Demo) -> None:
     demo.points = demo.ask("godwit", "points", "vm1")["points"]
     if len(demo.points) != 2:
         raise DemoError(f"expected two recovery points, found {len(demo.points)}")
-    demo.run("godwit", "verify", "vm1", note="verify")
+    demo.run("godwit", "verify", "vm1", "--full", note="verify")
 
 
 def restore(demo: Demo) -> None:
@@ -267,7 +267,7 @@ def _boot(demo: Demo, disk: Path, commands: str, why: str) -> qemu.Boot:
 
 
 def _number(point: dict[str, Any]) -> int:
-    number = point["number"]
+    number = point["point"]
     assert isinstance(number, int)
     return number
 
