@@ -93,7 +93,9 @@ def _extents(chain: Sequence[VhdxImage], combine: _Combine, start: int, end: int
     for first in range(start // unit, -(-end // unit), WINDOW_UNITS):
         last = min(-(-end // unit), first + WINDOW_UNITS)
         links = [_unit_kinds(image, unit, first, last) for image in chain]
-        kinds = combine(links)
+        kinds = combine(
+            [links[0], *(_edged(link, image, unit, first) for link, image in zip(links[1:], chain[1:], strict=True))]
+        )
         partial = np.flatnonzero(kinds == PARTIAL)
         # Cut the window where its partial units would take more sectors than are looked at together.
         cuts = [0, *(int(partial[index]) for index in range(partial_limit, len(partial), partial_limit)), last - first]
@@ -136,6 +138,15 @@ def _unit_kinds(image: VhdxImage, unit: int, first: int, last: int) -> Kinds:
     return kinds
 
 
+def _edged(kinds: Kinds, image: VhdxImage, unit: int, first: int) -> Kinds:
+    """Return the kinds of a parent with the unit that its end cuts made partial: only sectors tell what it holds."""
+    edge, cut = divmod(image.geometry.virtual_size, unit)
+    if cut and first <= edge < first + len(kinds) and kinds[edge - first] != CLEAR:
+        kinds = kinds.copy()
+        kinds[edge - first] = PARTIAL
+    return kinds
+
+
 def _refuse(image: VhdxImage, block: int) -> None:
     index = image.geometry.payload_index(block)
     raise CorruptDiskError(
@@ -157,6 +168,7 @@ def _sector_extents(
         for low, high in runs_of(kinds == PARTIAL).tolist():
             bits = _bits(image, (first + low) * per_unit, (first + high) * per_unit)
             sectors[low * per_unit : high * per_unit] = np.where(bits, np.uint8(DATA), np.uint8(CLEAR))
+        sectors[max(0, image.geometry.virtual_size // sector_size - first * per_unit) :] = CLEAR
         by_sector.append(sectors)
     return (runs_of(combine(by_sector) == DATA) + first * per_unit) * sector_size
 
