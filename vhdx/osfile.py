@@ -262,28 +262,30 @@ if sys.platform != "win32":
 
         @property
         def descriptor(self) -> int:
-            """The descriptor, for the lock; -1 once closed."""
+            """The descriptor. Raises OSError once the file is closed."""
+            if self._descriptor < 0:
+                raise OSError(errno.EBADF, "the file is closed")
             return self._descriptor
 
         def size(self) -> int:
             """Return the file's present length; a block device's too."""
             with translated(self._path, "ask for the size"):
-                status = os.fstat(self._descriptor)
+                status = os.fstat(self.descriptor)
                 if stat.S_ISBLK(status.st_mode):
-                    return os.lseek(self._descriptor, 0, os.SEEK_END)
+                    return os.lseek(self.descriptor, 0, os.SEEK_END)
                 return status.st_size
 
         def pread(self, offset: int, length: int) -> bytes:
             """Return the ``length`` bytes from ``offset``; fewer only where the file ends."""
             _check_range(self._path, offset, length)
             with translated(self._path, "read"):
-                data = os.pread(self._descriptor, min(length, LARGEST_CALL_BYTES), offset)
+                data = os.pread(self.descriptor, min(length, LARGEST_CALL_BYTES), offset)
                 if len(data) == length or not data:
                     return data
                 parts = [data]
                 done = len(data)
                 while done < length:
-                    more = os.pread(self._descriptor, min(length - done, LARGEST_CALL_BYTES), offset + done)
+                    more = os.pread(self.descriptor, min(length - done, LARGEST_CALL_BYTES), offset + done)
                     if not more:
                         break
                     parts.append(more)
@@ -297,7 +299,7 @@ if sys.platform != "win32":
             done = 0
             with translated(self._path, "read"):
                 while done < len(view):
-                    count = os.preadv(self._descriptor, [view[done : done + LARGEST_CALL_BYTES]], offset + done)
+                    count = os.preadv(self.descriptor, [view[done : done + LARGEST_CALL_BYTES]], offset + done)
                     if not count:
                         break
                     done += count
@@ -308,7 +310,7 @@ if sys.platform != "win32":
             view = _writing(self, offset, data)
             with translated(self._path, "write"):
                 while view:
-                    count = os.pwrite(self._descriptor, view[:LARGEST_CALL_BYTES], offset)
+                    count = os.pwrite(self.descriptor, view[:LARGEST_CALL_BYTES], offset)
                     offset += count
                     view = view[count:]
 
@@ -316,19 +318,20 @@ if sys.platform != "win32":
             """Set the file's length."""
             _check_writable(self)
             with translated(self._path, "change the file's size"):
-                os.ftruncate(self._descriptor, size)
+                os.ftruncate(self.descriptor, size)
 
         def fsync(self) -> None:
             """Return once what was written is on stable storage."""
             with translated(self._path, "flush"):
-                os.fsync(self._descriptor)
+                os.fsync(self.descriptor)
 
         def punch_hole(self, offset: int, length: int) -> bool:
             """Give the range's storage back, or write zeros where that cannot be done."""
             _check_writable(self)
             _check_range(self._path, offset, length)
-            if length and _fallocate(self._descriptor, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length):
-                return True
+            with translated(self._path, "punch a hole"):
+                if length and _fallocate(self.descriptor, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length):
+                    return True
             _zero_by_writing(self, offset, length)
             return False
 
@@ -338,8 +341,8 @@ if sys.platform != "win32":
             position = start
             while position < end:
                 try:
-                    data = os.lseek(self._descriptor, position, os.SEEK_DATA)
-                    hole = os.lseek(self._descriptor, data, os.SEEK_HOLE) if data < end else end
+                    data = os.lseek(self.descriptor, position, os.SEEK_DATA)
+                    hole = os.lseek(self.descriptor, data, os.SEEK_HOLE) if data < end else end
                 except OSError as error:
                     if error.errno == errno.ENXIO:  # nothing but a hole up to the end
                         return
