@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, NoReturn, TypeAlias
@@ -37,9 +38,14 @@ def decode(kind: str, data: bytes, *, key: str) -> Fields:
     fields = Fields(outer, key)
     check_version(fields.integer("format"), fields.integer("suite"), key=key)
     if fields.text("kind") != kind:
-        raise IntegrityError(f"the object is a {fields.text('kind')!r} record where a {kind!r} was expected", key=key)
+        found = f"{fields.text('kind')!r:.60}"
+        raise IntegrityError(f"the object is a {found} record where a {kind!r} was expected", key=key)
     body = fields.fields("body")
-    if _checksum(_canonical(body.values)) != fields.text("checksum"):
+    try:
+        checksum = _checksum(_canonical(body.values))
+    except (ValueError, RecursionError) as error:  # lone surrogates, which JSON can spell; nesting beyond all sense
+        raise IntegrityError("the object cannot be what Godwit wrote: it is damaged", key=key) from error
+    if checksum != fields.text("checksum"):
         raise IntegrityError("the object's checksum does not match its content: it is damaged", key=key)
     return body
 
@@ -106,9 +112,9 @@ class Fields:
         return value
 
     def number(self, field: str) -> float:
-        """Return a number."""
+        """Return a finite number."""
         value = self.values.get(field)
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
             self._wrong(field, "a number")
         return float(value)
 
@@ -130,11 +136,11 @@ class Fields:
         """Return a moment, in UTC."""
         try:
             moment = datetime.fromisoformat(self.text(field))
-        except ValueError:
+            if moment.tzinfo is None:
+                self._wrong(field, "a time with its zone")
+            return moment.astimezone(UTC)
+        except (ValueError, OverflowError):  # the latter beyond the years 1 to 9999 once it is UTC
             self._wrong(field, "a time in RFC 3339")
-        if moment.tzinfo is None:
-            self._wrong(field, "a time with its zone")
-        return moment.astimezone(UTC)
 
     def fields(self, field: str) -> Fields:
         """Return an inner object."""
