@@ -37,13 +37,13 @@ assert INDEX_ROW.itemsize == 40
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """Blocks ready to be stored: columns of n, and the frames one after the other in ``payload``."""
+    """Blocks ready to be stored: columns of n, and the n frames."""
 
     keys: KeyArray
     hashes: HashArray
     lengths: npt.NDArray[np.uint32]
     codecs: npt.NDArray[np.uint8]
-    payload: bytes
+    payload: list[Any]  # buffers
 
 
 def encode_header(magic: bytes, vm_id: str, part: PartId) -> bytes:
@@ -89,51 +89,45 @@ def open_trailer(data: bytes | memoryview, end_magic: bytes, *, key: str) -> byt
 
 
 class SegmentWriter:
-    """Builds one segment in memory: frames are appended, then it is sealed."""
+    """Builds one segment: frames are collected as they are, and brought together once, when it is sealed."""
 
-    __slots__ = ("_data", "_rows", "frames", "part")
+    __slots__ = ("_parts", "_rows", "frames", "part", "size")
 
     def __init__(self, vm_id: str, part: PartId) -> None:
         self.part = part
-        self._data = bytearray(encode_header(MAGIC, vm_id, part))
+        self.size = HEADER_BYTES  # bytes so far, without index and trailer
+        self._parts: list[Any] = [encode_header(MAGIC, vm_id, part)]
         self._rows: list[npt.NDArray[np.void]] = []
         self.frames = 0
 
     @property
-    def size(self) -> int:
-        """Bytes so far, without index and trailer."""
-        return len(self._data)
-
-    @property
     def sealed_size(self) -> int:
         """Bytes that the object will have if it is sealed now. Not to be asked for afterwards."""
-        return len(self._data) + self.frames * INDEX_ROW.itemsize + TRAILER_BYTES
+        return self.size + self.frames * INDEX_ROW.itemsize + TRAILER_BYTES
 
     def append(self, frames: Frames) -> npt.NDArray[np.uint32]:
         """Add the frames; return the offset of each in the object."""
         ends = np.cumsum(frames.lengths, dtype=np.uint64)
-        offsets = (ends - frames.lengths + np.uint64(len(self._data))).astype(np.uint32)
+        offsets = (ends - frames.lengths + np.uint64(self.size)).astype(np.uint32)
         rows = np.zeros(len(offsets), INDEX_ROW)
         rows["key"], rows["offset"], rows["length"] = frames.keys, offsets, frames.lengths
         rows["codec"], rows["hash"] = frames.codecs, frames.hashes
         self._rows.append(rows)
-        self._data += frames.payload
+        self._parts += frames.payload
+        self.size += int(frames.lengths.sum())
         self.frames += len(rows)
         return offsets
 
-    def seal(self) -> bytearray:
+    def seal(self) -> bytes:
         """Return the finished object; the writer is not used again."""
         index = np.concatenate(self._rows).tobytes() if self._rows else b""
-        index_offset = len(self._data)
-        self._data += index
+        checksum = xxhash.xxh3_128()
+        for part in (*self._parts, index):
+            checksum.update(part)
         trailer = _TRAILER.pack(
-            index_offset,
-            len(index) // INDEX_ROW.itemsize,
-            xxhash.xxh3_128_digest(index),
-            xxhash.xxh3_128_digest(self._data),
+            self.size, len(index) // INDEX_ROW.itemsize, xxhash.xxh3_128_digest(index), checksum.digest()
         )
-        self._data += seal_trailer(trailer, END_MAGIC)
-        return self._data
+        return b"".join([*self._parts, index, seal_trailer(trailer, END_MAGIC)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +196,6 @@ class FrameCompressor:
         codecs = np.full(len(picked), CODEC_ZSTD, np.uint8)
         for at in np.flatnonzero(lengths >= BLOCK_BYTES):
             start = int(picked[at]) * BLOCK_BYTES
-            parts[at] = data[start : start + BLOCK_BYTES]
+            parts[at] = bytes(data[start : start + BLOCK_BYTES])  # the buffer is used again
             lengths[at], codecs[at] = BLOCK_BYTES, CODEC_RAW
-        return Frames(keys, hashes, lengths, codecs, b"".join(parts))
+        return Frames(keys, hashes, lengths, codecs, parts)
