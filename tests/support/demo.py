@@ -60,10 +60,10 @@ class Terminal:
         """Show a command as one would type it."""
         print(f"     {self.style('33', '$ ' + text)}", flush=True)
 
-    def output(self, text: str) -> None:
+    def output(self, text: str, *, code: str = "0") -> None:
         """Show what a command printed."""
         for line in text.rstrip().splitlines():
-            print(f"     {line}")
+            print(f"     {self.style(code, line)}")
         sys.stdout.flush()
 
     def said(self, text: str) -> None:
@@ -108,17 +108,27 @@ class Demo:
         self.seconds[name] = time.monotonic() - started
 
     def run(self, *command: str, note: str | None = None) -> None:
-        """Show a command, run it and show what it prints; its progress bars go straight to the terminal.
+        """Show a command, run it and show what it prints.
 
-        ``note`` names the time it takes.
+        ``note`` names the time it takes, where that is worth telling; such a command draws a progress bar, which goes
+        straight to the terminal.
         """
         self.terminal.command(" ".join(command))
         program = [*_program(command[0]), *command[1:]]
-        if command[0] == "godwit" and not sys.stderr.isatty():
+        draws_bar = command[0] == "godwit" and note is not None and sys.stderr.isatty()
+        if command[0] == "godwit" and note is not None and not draws_bar:
             program.append("--quiet")
         started = time.monotonic()
-        done = subprocess.run(program, env=self._environment(), stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            program,
+            env=self._environment(),
+            stdout=subprocess.PIPE,
+            stderr=None if draws_bar else subprocess.PIPE,
+            text=True,
+            check=False,
+        )
         self.terminal.output(done.stdout)
+        self.terminal.output(done.stderr or "", code="2")
         if done.returncode != 0:
             raise DemoError(f"`{' '.join(command)}` ended with status {done.returncode}")
         if note is not None:
@@ -144,19 +154,19 @@ def _program(name: str) -> list[str]:
 def build(demo: Demo) -> None:
     """Make the source: a Debian VM's disk as a dynamic VHDX."""
     terminal = demo.terminal
-    terminal.step(1, "Build a virtual machine: Debian 12, Generation 2 (GPT, UEFI, ext4), on a VHDX")
+    terminal.step(1, "Build a virtual machine: Debian 12, Generation 2 (GPT, UEFI), on a VHDX")
     with demo.timed("build the VM"), terminal.waiting("mmdebstrap is installing Debian (about 40 s, once)"):
         kept = debian_guest.cached_guest()
     demo.guest_raw.symlink_to(kept)
     how = "kept from before" if demo.seconds["build the VM"] < 1 else _seconds(demo.seconds["build the VM"])
     terminal.said(f"{demo.guest_raw}: {_size(debian_guest.SIZE_BYTES)}, {how}")
     demo.run("godwit", "disk", "convert", str(demo.guest_raw), str(demo.source), note="convert raw to VHDX")
-    demo.run("godwit", "disk", "check", str(demo.source))
+    demo.run("godwit", "disk", "check", str(demo.source), note="check the VHDX")
 
 
 def protect(demo: Demo) -> None:
     """Open a store and put the VM under protection."""
-    demo.terminal.step(2, "Open a store in a folder (s3://bucket/prefix works the same) and protect the VM")
+    demo.terminal.step(2, "Open a store in a folder (S3 works the same) and protect the VM")
     demo.terminal.command(f"export GODWIT_STORE={demo.store_url}")
     demo.run("godwit", "init", demo.store_url)
     demo.run("godwit", "protect", "vm1", "--disk", str(demo.source))
@@ -168,7 +178,7 @@ def replicate_first(demo: Demo) -> None:
     demo.run("godwit", "replicate", "vm1", note="first replication")
     demo.stored_bytes.append(_tree_bytes(demo.store))
     demo.terminal.said(
-        f"{_size(debian_guest.SIZE_BYTES)} of disk, {_size(_allocated_bytes(demo.source))} in the VHDX, "
+        f"{_size(debian_guest.SIZE_BYTES)} of disk, {_size(demo.source.stat().st_size)} as a VHDX, "
         f"{_size(demo.stored_bytes[0])} in the store, {_seconds(demo.seconds['first replication'])}"
     )
 
@@ -189,14 +199,14 @@ def replicate_again(demo: Demo) -> None:
     demo.stored_bytes.append(_tree_bytes(demo.store))
     added = demo.stored_bytes[1] - demo.stored_bytes[0]
     demo.terminal.said(
-        f"{_size(added)} added to the store for {WRITTEN_MIB} MiB of random data and what Debian itself wrote, "
+        f"{_size(added)} more in the store, for {WRITTEN_MIB} MiB of random data and Debian's own writes, "
         f"{_seconds(demo.seconds['second replication'])}"
     )
 
 
 def look(demo: Demo) -> None:
     """List the points and check the store against its hashes."""
-    demo.terminal.step(6, "Two recovery points; check that every byte in the store is what was read")
+    demo.terminal.step(6, "Two recovery points; read everything back from the store and check it")
     demo.run("godwit", "points", "vm1")
     demo.points = demo.ask("godwit", "points", "vm1")["points"]
     if len(demo.points) != 2:
@@ -206,14 +216,14 @@ def look(demo: Demo) -> None:
 
 def restore(demo: Demo) -> None:
     """Restore both points, judged by qemu-img."""
-    demo.terminal.step(7, "Restore both points as new disks; qemu-img, which knows nothing of Godwit, compares them")
+    demo.terminal.step(7, "Restore both points; qemu-img, which knows nothing of Godwit, compares")
     first, last = str(min(_number(point) for point in demo.points)), FOLDER / "restored.vhdx"
     before = FOLDER / "before.vhdx"
     demo.run("godwit", "restore", "vm1", "--to", str(last), note="restore the latest point")
     demo.run("godwit", "restore", "vm1", "--to", str(before), "--point", first, note="restore the first point")
     demo.run("qemu-img", "compare", "-f", "vhdx", "-F", "vhdx", str(demo.source), str(last))
     demo.run("qemu-img", "compare", "-f", "raw", "-F", "vhdx", str(demo.guest_raw), str(before))
-    demo.terminal.said("byte for byte: the latest point is the VM's disk now, the first is the disk before it ran")
+    demo.terminal.said("byte for byte: the latest is the VM's disk now, the first the disk before it ran")
 
 
 def boot(demo: Demo) -> None:
@@ -230,9 +240,9 @@ def tell(demo: Demo, total_seconds: float) -> None:
     """Sum up, and say what to try next."""
     terminal = demo.terminal
     terminal.title("What happened")
-    allocated, (first, both) = _allocated_bytes(demo.source), demo.stored_bytes
+    file_bytes, (first, both) = demo.source.stat().st_size, demo.stored_bytes
     rows = [
-        ("the disk", f"{_size(debian_guest.SIZE_BYTES)} virtual, {_size(allocated)} as a VHDX file"),
+        ("the disk", f"{_size(debian_guest.SIZE_BYTES)} virtual, {_size(file_bytes)} as a VHDX file"),
         ("the first point", f"{_size(first)} in the store"),
         ("the second point", f"{_size(both - first)} more"),
         *((name, _seconds(seconds)) for name, seconds in demo.seconds.items()),
@@ -247,7 +257,7 @@ def tell(demo: Demo, total_seconds: float) -> None:
         ("godwit points vm1 --json", "every command speaks JSON"),
         ("godwit restore vm1 --to .demo/vm1.qcow2 --format qcow2", "another format"),
         ("godwit disk info .demo/vm1.vhdx", "the disk tool, useful by itself"),
-        ("python -m tests.support.qemu .demo/restored.vhdx", f"log in as root, {debian_guest.PASSWORD}"),
+        ("python -m tests.support.qemu .demo/restored.vhdx", f"log in as root, password {debian_guest.PASSWORD}"),
     )
     for command, why in suggestions:
         print(f"     {terminal.style('33', command)}{terminal.style('2', '  # ' + why) if why else ''}")
@@ -274,10 +284,6 @@ def _number(point: dict[str, Any]) -> int:
 
 def _tree_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _allocated_bytes(path: Path) -> int:
-    return path.stat().st_size
 
 
 def _size(count: int) -> str:
