@@ -11,7 +11,7 @@ from cli.disk_look import both_sizes
 from cli.disk_options import IMAGE, dry_run_option, parent_folder_option, yes_option
 from cli.output import Output, output_options
 from cli.sizes import SIZE, human_size
-from vhdx.change import compact_image, merge_image, plan_merge, plan_resize, resize_image
+from vhdx.change import Compacted, compact_image, merge_image, plan_merge, plan_resize, resize_image
 from vhdx.convert import CONVERT_FORMATS, ConvertFormat
 from vhdx.convert import convert as convert_image
 from vhdx.make import create_image, format_for
@@ -174,17 +174,12 @@ def compact(output: Output, path: Path, yes: bool) -> None:
     output.confirm(f"Compact {path} in place?", yes=yes)
     with output.progress("compact") as progress:
         done = compact_image(path, progress=progress)
-    document = {
-        "path": path,
-        "size_before": done.size_before,
-        "size_after": done.size_after,
-        "blocks_released": done.blocks_released,
-        "blocks_moved": done.blocks_moved,
-    }
-    output.show(
-        document,
-        lambda: output.line(
-            f"compacted {path}: {human_size(done.size_before)} to {human_size(done.size_after)}, "
-            f"{done.blocks_released} blocks freed"
-        ),
+    output.show(done, lambda: _render_compacted(output, done))
+
+
+def _render_compacted(output: Output, done: Compacted) -> None:
+    output.line(
+        f"compacted {done.path}: file {human_size(done.file_size_before)} to {human_size(done.file_size_after)}"
     )
+    if done.storage_before is not None and done.storage_after is not None:
+        output.line(f"on storage {human_size(done.storage_before)} to {human_size(done.storage_after)}")

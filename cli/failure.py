@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import click
 
-from cli.output import Output, escape
+from cli.output import DeclinedError, Output, escape
 from replica.errors import GodwitError
 from vhdx.errors import DiskError
 
@@ -25,6 +25,13 @@ CONVERSION_REFUSED = 14
 INTERRUPTED = 130
 
 DEBUG_VARIABLE = "GODWIT_DEBUG"
+
+
+_PLAIN: tuple[tuple[tuple[type[BaseException], ...], str, str, str | None, int], ...] = (
+    ((DeclinedError,), "Declined", "not confirmed: nothing was changed", None, FAILED),
+    ((KeyboardInterrupt, click.Abort), "Interrupted", "interrupted", None, INTERRUPTED),
+    ((MemoryError,), "MemoryError", "out of memory", "Close other programs, or use a larger machine.", FAILED),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +63,15 @@ def describe(error: BaseException) -> Failure:
         names = ("path", "offset", "key", "retryable")
         details = {name: getattr(error, name) for name in names if getattr(error, name, None) is not None}
         return Failure(type(error).__name__, str(error), error.hint, error.exit_code, details)
-    if isinstance(error, click.UsageError):
-        return Failure("UsageError", error.format_message(), _help_pointer(error), USAGE, {})
     if isinstance(error, click.ClickException):
-        return Failure("UsageError", error.format_message(), None, USAGE, {})
-    if isinstance(error, (KeyboardInterrupt, click.Abort)):
-        return Failure("Interrupted", "interrupted", None, INTERRUPTED, {})
+        hint = _help_pointer(error) if isinstance(error, click.UsageError) else None
+        return Failure("UsageError", error.format_message(), hint, USAGE, {})
+    for kinds, name, message, hint, exit_code in _PLAIN:
+        if isinstance(error, kinds):
+            return Failure(name, message, hint, exit_code, {})
     hint = (
         f"This is a defect of godwit. Run the command again with {DEBUG_VARIABLE}=1 for the details, and report them."
     )
-    if isinstance(error, MemoryError):
-        return Failure("MemoryError", "out of memory", "Close other programs, or use a larger machine.", FAILED, {})
     return Failure("UnexpectedError", f"unexpected {type(error).__name__}: {error}", hint, FAILED, {})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -64,8 +65,14 @@ def run(arguments: Sequence[str], output: Output | None = None) -> int:
     return code if isinstance(code, int) else failure.OK
 
 
+def _interrupt(_: int, __: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command line of this process."""
+    # Being asked to end is handled as Ctrl-C is: what is half done is thrown away, no temporary file stays.
+    signal.signal(signal.SIGTERM, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:  # a name that the terminal cannot show is written escaped, not refused

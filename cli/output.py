@@ -82,6 +82,10 @@ def rfc3339(moment: Any) -> str:
     return f"{naive.isoformat()}Z"
 
 
+class DeclinedError(Exception):
+    """A person was asked, and said no."""
+
+
 class Output:
     """Where a command puts its result, its remarks and its progress. One per process, click's context object.
 
@@ -187,13 +191,14 @@ class Output:
     def confirm(self, question: str, *, yes: bool) -> None:
         """Return if ``yes``, or if the person at the terminal agrees.
 
-        Raises click.UsageError where there is nobody to ask, click.Abort where the answer is no.
+        Raises click.UsageError where there is nobody to ask, DeclinedError where the answer is no.
         """
         if yes:
             return
         if not sys.stdin.isatty():
             raise click.UsageError("this changes data and there is no terminal to ask on: add --yes to go ahead.")
-        click.confirm(escape(question), err=True, abort=True)
+        if not click.confirm(escape(question), err=True):
+            raise DeclinedError
 
     def progress(self, title: str) -> ProgressReport:
         """Return a context manager whose value is called with (done_bytes, total_bytes, phase)."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vhdx.compact import CompactResult, compact_disk
+from vhdx.compact import compact_disk
 from vhdx.convert import CHUNK_BYTES, GRANULE_BYTES, nonzero_runs
+from vhdx.describe import file_sizes
 from vhdx.errors import OutOfRangeError, ParentError, UnsupportedDiskError
 from vhdx.formats import detect_format, open_disk
 from vhdx.merge import merge_into_parent
@@ -52,6 +53,20 @@ class MergePlan:
     parent: Path
     data_bytes: int
     grandchildren: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Compacted:
+    """What compacting did. ``storage`` is what the file takes on its file system, None where that is not told."""
+
+    path: Path
+    format: str
+    file_size_before: int
+    file_size_after: int
+    storage_before: int | None
+    storage_after: int | None
+    pieces_released: int  # blocks of a VHDX, 64 KiB pieces of the others
+    pieces_moved: int
 
 
 # --- resize
@@ -187,24 +202,29 @@ def merge_image(
 # --- compact
 
 
-def compact_image(path: Path | str, *, progress: Progress = silent, files: Files = OS_FILES) -> CompactResult:
+def compact_image(path: Path | str, *, progress: Progress = silent, files: Files = OS_FILES) -> Compacted:
     """Give back the storage of what holds nothing: in a VHDX by moving blocks, in raw and fixed VHD by holes.
 
     Raises UnsupportedDiskError for a dynamic or differencing VHD.
     """
+    path = Path(path)
     known = detect_format(path, files=files)
+    size_before, storage_before = file_sizes(path)
+    moved = 0
     if known == "vhdx":
-        return compact_disk(path, files=files, progress=progress)
-    with open_disk(path, writable=True, format=known, files=files) as disk:
-        if not isinstance(disk, RawDisk):
-            raise UnsupportedDiskError(
-                "a dynamic or differencing VHD is not compacted in place",
-                path=str(path),
-                hint="convert it to a new one, which leaves out what is zero",
-            )
-        before = disk.file.size()
-        released = _punch_zeros(disk, progress)
-        return CompactResult(before, disk.file.size(), released, 0)
+        result = compact_disk(path, files=files, progress=progress)
+        released, moved = result.blocks_released, result.blocks_moved
+    else:
+        with open_disk(path, writable=True, format=known, files=files) as disk:
+            if not isinstance(disk, RawDisk):
+                raise UnsupportedDiskError(
+                    "a dynamic or differencing VHD is not compacted in place",
+                    path=str(path),
+                    hint="convert it to a new one, which leaves out what is zero",
+                )
+            released = _punch_zeros(disk, progress)
+    size_after, storage_after = file_sizes(path)
+    return Compacted(path, known, size_before, size_after, storage_before, storage_after, released, moved)
 
 
 def _punch_zeros(disk: RawDisk, progress: Progress) -> int:

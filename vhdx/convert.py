@@ -22,6 +22,7 @@ from vhdx.osfile import OS_FILES, Files, temporary_path, translated
 from vhdx.progress import Progress, silent
 from vhdx.raw import RawDisk
 from vhdx.target import Target, TargetFormat, create_target
+from vhdx.told import told_as
 from vhdx.windows import length_of
 
 ConvertFormat: TypeAlias = TargetFormat | Literal["qcow2"]
@@ -110,13 +111,14 @@ def convert_disk(
     _refuse_own_files(source, target)
     finished = temporary_path(target)
     try:
-        if format == "qcow2":
-            sizes = _build_qcow2(source, finished, progress, files)
-        else:
-            sizes = _build(source, finished, format, block_size, progress, files)
-        if verify:
-            _verify(source, finished, format, progress, files)
-        name_file(files, finished, target, overwrite=overwrite)
+        with told_as(target):
+            if format == "qcow2":
+                sizes = _build_qcow2(source, finished, progress, files)
+            else:
+                sizes = _build(source, finished, format, block_size, progress, files)
+            if verify:
+                _verify(source, finished, format, progress, files)
+            name_file(files, finished, target, overwrite=overwrite)
     except BaseException:
         files.remove(finished)
         raise
@@ -164,7 +166,8 @@ def _from_qcow2(source: Path, target: Path, options: _Options) -> Conversion:
     plain = temporary_path(target)
     files = options["files"]
     try:
-        qcow2.to_raw(source, plain, progress=options["progress"])
+        with told_as(target):
+            qcow2.to_raw(source, plain, progress=options["progress"])
         with RawDisk.open(plain, files=files) as disk:
             if target.exists() and source.samefile(target):
                 raise OsError("the target is the source itself", path=str(target), hint="choose another name")

@@ -117,7 +117,7 @@ def _description(
     allocated: int | None = None,
     sector_size: int | None = None,
 ) -> Description:
-    file_size, storage_size = _file_sizes(path)
+    file_size, storage_size = file_sizes(path)
     return Description(
         path=path,
         format=format,
@@ -143,7 +143,8 @@ def _description(
     )
 
 
-def _file_sizes(path: Path) -> tuple[int, int | None]:
+def file_sizes(path: Path) -> tuple[int, int | None]:
+    """Return a file's length, and the bytes it takes on its file system where the system tells. Raises OsError."""
     with translated(path, "ask for the size"):
         status = path.stat()
     blocks = getattr(status, "st_blocks", None)
@@ -210,12 +211,12 @@ def _vhdx_parent(disk: VhdxDisk, error: DiskError | None) -> ParentState | None:
 
 
 def _told(error: DiskError | None) -> str | None:
-    return None if error is None else str(error)
+    return None if error is None else error.message
 
 
 def _vhdx_link(disk: VhdxDisk) -> Link:
     stored = length_of(disk.stored())
-    return Link(disk.path, _vhdx_kind(disk), disk.size, _file_sizes(disk.path)[0], stored)
+    return Link(disk.path, _vhdx_kind(disk), disk.size, file_sizes(disk.path)[0], stored)
 
 
 # --- VHD
@@ -267,4 +268,4 @@ def _vhd_parent(disk: SparseVhdDisk, error: DiskError | None) -> ParentState:
 
 def _vhd_link(disk: VhdDisk) -> Link:
     kind = disk.footer.kind.name.lower()
-    return Link(disk.path, kind, disk.size, _file_sizes(disk.path)[0], _vhd_stored(disk))
+    return Link(disk.path, kind, disk.size, file_sizes(disk.path)[0], _vhd_stored(disk))

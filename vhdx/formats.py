@@ -58,9 +58,11 @@ def detect_format(path: Path | str, *, files: Files = OS_FILES) -> Format:
 
 
 def refuse_special(path: Path | str) -> None:
-    """Raise FormatUnknownError for what would block or act when it is opened: a pipe, a socket, a character device."""
+    """Raise FormatUnknownError for a folder, and for what would block or act when it is opened: a pipe, a device…"""
     with translated(path, "open the file"):
         mode = Path(path).stat().st_mode if os.path.lexists(path) else stat.S_IFREG
+    if stat.S_ISDIR(mode):
+        raise FormatUnknownError("this is a folder, and no disk image", path=str(path), hint="name the image in it")
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode):
         raise FormatUnknownError("this is a pipe, a socket or a device, and no disk image", path=str(path))
 

@@ -12,6 +12,7 @@ from vhdx.errors import UnsupportedDiskError
 from vhdx.formats import open_disk
 from vhdx.osfile import OS_FILES, Files
 from vhdx.target import create_target
+from vhdx.told import told_as
 
 _FORMATS: Final[dict[str, ConvertFormat]] = {
     ".vhdx": "vhdx",
@@ -58,6 +59,22 @@ def create_image(
     Raises OsError where the file exists, OutOfRangeError for sizes that the format cannot have, UnsupportedDiskError.
     """
     path = Path(path)
+    with told_as(path):
+        _create(path, size, format, parent, block_size, sector_size, overwrite, files)
+    with open_disk(path, format=format.partition("-")[0], files=files) as disk:
+        return NewImage(path, format, disk.size)
+
+
+def _create(
+    path: Path,
+    size: int | None,
+    format: ConvertFormat,  # noqa: A002
+    parent: Path | str | None,
+    block_size: int | None,
+    sector_size: int | None,
+    overwrite: bool,
+    files: Files,
+) -> None:
     if parent is not None:
         if format != "vhdx":
             raise UnsupportedDiskError("differencing disks are made as vhdx only", path=str(path))
@@ -86,5 +103,3 @@ def create_image(
             files=files,
         ) as target:
             target.commit()
-    with open_disk(path, format=format.partition("-")[0], files=files) as disk:
-        return NewImage(path, format, disk.size)

@@ -175,6 +175,26 @@ def test_a_question_without_a_terminal_is_a_usage_error(monkeypatch: pytest.Monk
     Output().confirm("Really?", yes=True)
 
 
+@pytest.mark.parametrize("answer, code", [("y\n", 0), ("n\n", 1), ("\n", 1), ("", 130)])
+def test_a_person_is_asked_on_stderr_and_may_decline(
+    answer: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    @click.command()
+    @output_options
+    def command(output: Output) -> None:
+        output.confirm("Really?", yes=False)
+
+    monkeypatch.setattr(sys, "stdin", Terminal(answer))
+    seen, out, err = run_command(command, monkeypatch)
+    assert (seen, out) == (code, "")
+    assert capsys.readouterr().out == ""
+    assert ("nothing was changed" in err) == (code == 1)
+
+
 @pytest.mark.parametrize(
     "value, expected",
     [
