@@ -186,6 +186,10 @@ def plan_disk(path: Path, options: CreateOptions) -> DiskPlan:
                 f"the parent has sectors of {image.geometry.sector_size} bytes, its child cannot have {sector_size}",
                 path=str(path),
             )
+        if size < image.geometry.virtual_size:  # growing it later would let the rest of the parent shine through
+            raise ParentError(
+                f"a child cannot be smaller than its parent of {image.geometry.virtual_size} bytes", path=str(path)
+            )
         locator = parent_locator(path, Path(parent), image.data_write_guid)
     plan = DiskPlan(
         size=size or 0,

@@ -82,7 +82,11 @@ def open_writable(
         recover=recover,
         with_parents=with_parents,
     )
-    disk.writer = Writer(disk.image, read_into=disk.read_into, new_guid=new_guid)
+    try:
+        disk.writer = Writer(disk.image, read_into=disk.read_into, new_guid=new_guid)
+    except BaseException:
+        disk.close()
+        raise
     return disk
 
 
