@@ -12,7 +12,7 @@ import numpy.typing as npt
 import xxhash
 import zstandard
 
-from replica.block import HashArray, KeyArray
+from replica.block import BLOCK_BITS, LARGEST_DISK_BYTES, LARGEST_DISK_NUMBER, HashArray, KeyArray, block_count
 from replica.errors import IntegrityError
 from replica.keys import PartId
 from replica.segment import (
@@ -32,6 +32,7 @@ ZERO: Final = 0xFFFFFFFF  # the segment of an entry that says zero
 PAGE_ENTRIES: Final = 32768
 PART_ENTRIES: Final = 2097152
 PAGE_LEVEL: Final = 3
+LARGEST_KEY_END: Final = (LARGEST_DISK_NUMBER << BLOCK_BITS) + block_count(LARGEST_DISK_BYTES)
 LARGEST_PAGE_BYTES: Final = PAGE_ENTRIES * 37 + 1024
 
 PAGE_ROW: Final = np.dtype(
@@ -314,6 +315,7 @@ class MapPart:
         pages = self._pages
         wrong = (
             np.any(pages["first"] > pages["last"])
+            or np.any(pages["last"] >= LARGEST_KEY_END)
             or np.any(pages["first"][1:] <= pages["last"][:-1])
             or np.any(pages["offset"] < HEADER_BYTES)
             or np.any(pages["offset"] > end)
@@ -369,13 +371,16 @@ class MapPart:
         if xxhash.xxh3_128_digest(stored) != bytes(row["checksum"]):
             raise IntegrityError(f"page {number} of the map does not match its checksum: it is damaged", key=self.key)
         try:
+            # A frame that announces its size gets a buffer of that size, whatever the largest output is said to be.
+            if zstandard.frame_content_size(stored) > LARGEST_PAGE_BYTES:
+                raise IntegrityError(f"page {number} of the map claims to be larger than any page", key=self.key)
             raw = self._zstd.decompress(stored, max_output_size=LARGEST_PAGE_BYTES)
         except zstandard.ZstdError as error:
             raise IntegrityError(f"page {number} of the map cannot be decompressed", key=self.key) from error
         page = decode_page(raw, int(row["first"]), int(row["entries"]), key=self.key)
         data = page.is_data
         if (
-            int(page.keys[-1]) != int(row["last"])
+            (int(page.keys[0]), int(page.keys[-1])) != (int(row["first"]), int(row["last"]))
             or np.any(page.segments[data] >= len(self._segments))
             or np.any(page.lengths[data] > LARGEST_FRAME_BYTES)
             or np.any(page.codecs > CODEC_ZSTD)
