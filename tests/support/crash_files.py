@@ -287,6 +287,17 @@ def crash_points(record: RecordingFiles, *, seeds: int = 2, start: int = 0) -> I
             storage.take(record.effects[ordinal])
 
 
+def crash_now(record: RecordingFiles, seed: int) -> CrashPoint:
+    """Return one state in which a crash after everything recorded so far could leave the files."""
+    storage = _Storage(record)
+    for effect in record.effects:
+        storage.take(effect)
+    choices = list(_choices(storage.pending, seed, seeds=2))
+    mode, survivors = choices[seed % len(choices)]
+    marks = tuple(value for _, value in record.marks)
+    return CrashPoint(len(record.effects), mode, storage.after(survivors), marks)
+
+
 def _choices(pending: list[Effect], ordinal: int, seeds: int) -> Iterator[tuple[str, list[Effect]]]:
     yield "none", []
     if not pending:
