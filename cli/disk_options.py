@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-IMAGE = click.Path(path_type=Path)
+# Whether it can be read is found out by reading it: the error then says what to do.
+IMAGE = click.Path(path_type=Path, readable=False)
 
 parent_folder_option = click.option(
     "--parent-folder",

@@ -99,6 +99,9 @@ def _read_footers(file: File) -> tuple[Footer, int, list[Problem]]:
     at_start, failure = _footer_at_start(file)
     if failure is not None:
         attempts.append(failure)
+    if at_end is not None and at_start is not None and not _belongs(at_end, at_start, content_end):
+        attempts.append(CorruptDiskError("the file ends with the footer of another disk", offset=content_end))
+        at_end, content_end = None, -(-size // SECTOR_SIZE) * SECTOR_SIZE
     if at_end is not None:
         return at_end, content_end, _compare_footers(at_end, at_start, failure)
     if at_start is not None and at_start.kind is not DiskType.FIXED:
@@ -107,6 +110,19 @@ def _read_footers(file: File) -> tuple[Footer, int, list[Problem]]:
     if attempts:
         raise attempts[0]
     raise FormatUnknownError("there is no VHD footer in the file", path=str(file.path))
+
+
+def _belongs(at_end: Footer, at_start: Footer, content_end: int) -> bool:
+    """Tell whether the file's last sector is its footer, and not a guest's data that look like one.
+
+    A growing file that was cut off ends with a block, whose last sector may hold the end of a VHD that the guest
+    keeps. The other way round, the first sector of a fixed disk may be the start of one.
+    """
+    if at_start.kind is DiskType.FIXED:
+        return True
+    if at_end.kind is DiskType.FIXED:
+        return at_end.current_size == content_end
+    return at_end.identifier == at_start.identifier
 
 
 def _footer_at_start(file: File) -> tuple[Footer | None, DiskError | None]:

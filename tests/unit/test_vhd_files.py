@@ -190,6 +190,32 @@ def test_both_footers_damaged_is_corrupt(dynamic: Path) -> None:
     assert caught.value.path == str(dynamic)
 
 
+@pytest.mark.parametrize("create", [create_fixed, create_dynamic])
+def test_a_guests_own_vhd_at_the_end_of_a_cut_off_file_is_not_taken_for_the_footer(
+    dynamic: Path, tmp_path: Path, create: Callable[[Path, int], None]
+) -> None:
+    inner = tmp_path / "inner.vhd"
+    create(inner, 4 * MIB)
+    last = 31 * 512 * KIB  # the block that lies last in the file
+    with open_vhd(dynamic, writable=True) as disk:
+        disk.write_at(last + 512 * KIB - 512, inner.read_bytes()[-512:])
+        content = disk.read_at(0, disk.size)
+    dynamic.write_bytes(dynamic.read_bytes()[:-512])
+    with open_vhd(dynamic) as disk:
+        assert disk.size == 16 * MIB
+        assert disk.read_at(0, disk.size) == content
+
+
+def test_a_fixed_disk_that_begins_with_a_dynamic_vhd_stays_a_fixed_disk(dynamic: Path, tmp_path: Path) -> None:
+    path = tmp_path / "outer.vhd"
+    create_fixed(path, 4 * MIB)
+    with open_vhd(path, writable=True) as disk:
+        disk.write_at(0, dynamic.read_bytes())
+    with open_vhd(path) as disk:
+        assert isinstance(disk, FixedVhdDisk)
+        assert disk.size == 4 * MIB
+
+
 def rewrite_table(path: Path, change: Callable[[list[int]], None]) -> None:
     with path.open("r+b") as file:
         file.seek(1536)
