@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from replica import record
@@ -75,7 +76,7 @@ def decode(data: bytes, *, key: str, vm_id: str, point: int) -> Point | Fence:
     if body.text("type") == "fence":
         return Fence(vm_id, number, epoch, body.time("published_at"))
     if body.text("type") != "point":
-        raise IntegrityError(f"a manifest of type {body.text('type')!r} is not known", key=key)
+        raise IntegrityError(f"a manifest of type {body.text('type')!r:.60} is not known", key=key)
     disks = tuple(_decode_disk(disk) for disk in body.list_of_fields("disks"))
     if len({disk.number for disk in disks}) != len(disks):
         raise IntegrityError("the manifest names a disk number twice", key=key)
@@ -122,7 +123,7 @@ def _consistency(body: Fields) -> Consistency:
     try:
         return Consistency(body.text("consistency"))
     except ValueError as error:
-        raise IntegrityError(f"consistency {body.text('consistency')!r} is not known", key=body.key) from error
+        raise IntegrityError(f"consistency {body.text('consistency')!r:.60} is not known", key=body.key) from error
 
 
 def _encode_disk(disk: DiskRecord) -> dict[str, Any]:
@@ -141,12 +142,15 @@ def _encode_disk(disk: DiskRecord) -> dict[str, Any]:
 
 def _decode_disk(body: Fields) -> DiskRecord:
     source = body.fields("source")
+    sector_size = body.integer("sector_size_bytes")
+    if sector_size not in (512, 4096):
+        raise IntegrityError(f"field 'sector_size_bytes' should be 512 or 4096, it is {sector_size}", key=body.key)
     size = body.integer("size_bytes", least=1, most=LARGEST_DISK_BYTES)
     return DiskRecord(
         number=body.integer("number", most=LARGEST_DISK_NUMBER),
         name=body.text("name"),
         size=size,
-        sector_size=body.integer("sector_size_bytes", least=512, most=4096),
+        sector_size=sector_size,
         format=body.text("format"),
         bus=body.text("bus"),
         data_blocks=body.integer("data_blocks", most=block_count(size)),
@@ -190,8 +194,8 @@ def _decode_map(body: Fields, key: str) -> MapRef:
         )
         for part in body.list_of_fields("parts")
     )
-    ends = [edge for part in parts for edge in (part.first_key, part.last_key + 1)]
-    if not parts or ends != sorted(ends):
+    edges = [edge for part in parts for edge in (2 * part.first_key, 2 * part.last_key + 1)]  # a part may be one key
+    if not parts or any(one >= later for one, later in pairwise(edges)):
         raise IntegrityError("the parts of a map are missing or not in ascending order", key=key)
     return MapRef(body.integer("level", most=64), parts)
 
