@@ -16,7 +16,7 @@ from replica.errors import (
     LeaseLostError,
     ObjectChangedError,
     ObjectMissingError,
-    StoreUnavailableError,
+    StoreError,
 )
 from replica.host import Host
 from replica.keys import LARGEST_EPOCH, VmKeys
@@ -79,6 +79,9 @@ def encode(lease: LeaseRecord) -> bytes:
 def decode(data: bytes, *, key: str) -> LeaseRecord:
     """Decode a lease object. Raises IntegrityError, FormatVersionError."""
     body = record.decode(KIND, data, key=key)
+    state = body.text("state")
+    if state not in ("held", "released"):
+        raise IntegrityError(f"field 'state' should be held or released, it is {state!r:.60}", key=key)
     holder = None
     if body.values.get("holder") is not None:
         fields = body.fields("holder")
@@ -87,7 +90,7 @@ def decode(data: bytes, *, key: str) -> LeaseRecord:
         )
     return LeaseRecord(
         epoch=body.integer("epoch", most=LARGEST_EPOCH),
-        held=body.text("state") == "held",
+        held=state == "held",
         holder=holder,
         acquired_at=body.time("acquired_at"),
         expires_at=body.time("expires_at"),
@@ -151,13 +154,18 @@ class Lease:
         """Note that ``point`` is taken; written with the next renewal or the release."""
         self._state = replace(self._state, point=point)
 
+    def settle(self, point: int) -> None:
+        """Note that ``point`` was published: nothing that was left over before it is of use any more."""
+        self._state = replace(self._state, point=point, leftovers=False)
+
     def change_settings(self, version: int) -> None:
         """Put another version of the settings in force, at once. Raises LeaseLostError."""
         self._write(replace(self._state, settings_version=version))
 
-    def release(self, *, leftovers: bool) -> None:
-        """Give the right back. Raises LeaseLostError where it was taken over."""
-        self._write(replace(self._state, held=False, leftovers=leftovers, expires_at=self._host.clock.now()))
+    def release(self, *, leftovers: bool = False) -> None:
+        """Give the right back, noting ``leftovers`` beside those noted before. Raises LeaseLostError if it was lost."""
+        state = replace(self._state, held=False, expires_at=self._host.clock.now())
+        self._write(replace(state, leftovers=leftovers or state.leftovers))
 
     def _write(self, state: LeaseRecord) -> None:
         try:
@@ -186,6 +194,8 @@ def acquire(store: Store, keys: VmKeys, host: Host, *, sole_on_host: bool) -> Le
             f"{name} is replicating this VM; its lease runs until {before.expires_at:%H:%M:%S} UTC",
             hint="wait until it is done; if that machine is gone, the lease can be taken when it has run out",
         )
+    if before.epoch == LARGEST_EPOCH:
+        raise IntegrityError("the lease's epoch is the last that there is", key=keys.lease)
     state = LeaseRecord(
         epoch=before.epoch + 1,
         held=True,
@@ -218,12 +228,12 @@ def holding(store: Store, keys: VmKeys, host: Host) -> Iterator[Lease]:
         except KeyboardInterrupt:
             _release_quietly(lease)
             raise
-        lease.release(leftovers=False)
+        lease.release()
 
 
 def _release_quietly(lease: Lease) -> None:
     """Release after a failure; if that fails too, the first error matters more and the term runs out by itself."""
     try:
         lease.release(leftovers=True)
-    except (LeaseLostError, StoreUnavailableError):
+    except (LeaseLostError, StoreError):
         return
