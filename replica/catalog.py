@@ -115,6 +115,7 @@ def update_settings(
 ) -> Settings:
     """Write a new version of the settings with what is given changed, and put it in force. Raises LeaseHeldError."""
     with lease.holding(store, found.keys, host) as held:
+        history.begin(store, found.keys, host, held)  # a lease that was taken from somebody needs its fence
         before = read_settings(store, found.keys, held.settings_version)
         # A version above the one in force may be there from an attempt that was cut off: it is stepped over.
         after = replace(

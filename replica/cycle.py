@@ -107,7 +107,7 @@ class _Cycle:
             ),
         )
         history.publish(self._store, self._found.keys, point)
-        self._held.advance(self._number)
+        self._held.settle(self._number)
         map_store.forget_all_but(ref for one in refs for ref in one.parts)
         return point
 
