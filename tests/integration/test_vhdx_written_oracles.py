@@ -21,6 +21,7 @@ from vhdx.compact import compact_disk
 from vhdx.create import create_disk
 from vhdx.merge import merge_into_parent
 from vhdx.resize import resize_disk
+from vhdx.structures import PayloadState
 from vhdx.writer import open_writable
 
 MIB = 1 << 20
@@ -61,9 +62,9 @@ def libvhdi(paths: list[Path]) -> bytes:
     return b"".join(parts)
 
 
-def dissect(path: Path) -> bytes:
+def dissect(path: Path, *, piece: int = PIECE) -> bytes:
     disk = dissect_vhdx.VHDX(path)
-    return b"".join(disk.read(min(PIECE, disk.size - offset)) for offset in range(0, disk.size, PIECE))
+    return b"".join(disk.read(min(piece, disk.size - offset)) for offset in range(0, disk.size, piece))
 
 
 def qemu(path: Path, folder: Path) -> bytes:
@@ -74,16 +75,21 @@ def qemu(path: Path, folder: Path) -> bytes:
     return raw.read_bytes()
 
 
-def scribble(path: Path, seed: int, *, count: int = 25, trims: bool = True) -> None:
+def scribble(path: Path, seed: int, *, count: int = 25, trims: bool = True, model: bytearray | None = None) -> None:
+    """Write and trim at random; ``model`` is changed likewise."""
     chance = random.Random(seed)
+    model = bytearray() if model is None else model
     with open_writable(path) as disk:
         for _ in range(count):
             offset = chance.randrange(disk.size)
             length = min(disk.size - offset, chance.choice([1, 700, 4096, 90_000, MIB, 3 * MIB]))
             if chance.random() < 0.25 and trims:
                 disk.trim(offset, length)
+                model[offset : offset + length] = bytes(length)
             else:
-                disk.write_at(offset, chance.randbytes(length))
+                data = chance.randbytes(length)
+                disk.write_at(offset, data)
+                model[offset : offset + length] = data
             if chance.random() < 0.2:
                 disk.flush()
 
@@ -175,23 +181,40 @@ def test_a_disk_whose_table_moved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sector_size", [512, 4096])
-@pytest.mark.parametrize("trims", [False, True])
-def test_a_chain_of_six(tmp_path: Path, sector_size: int, trims: bool) -> None:
+def test_a_chain_of_six(tmp_path: Path, sector_size: int) -> None:
     paths: list[Path] = []
+    model = bytearray(11 * MIB)
     for number in range(6):
         path = tmp_path / f"disk{number}.{'a' if number else ''}vhdx"
         if paths:
             create_disk(path, parent=paths[-1], block_size=[MIB, 2 * MIB, 32 * MIB][number % 3])
         else:
             create_disk(path, size=11 * MIB, block_size=MIB, sector_size=sector_size)
-        scribble(path, seed=number, count=10, trims=trims)
+        scribble(path, seed=number, count=10, trims=False, model=model)
         paths.append(path)
-    for path in paths:
         assert_clean(path)
-    assert len({ours(path) for path in paths}) == 6
-    assert dissect(paths[-1]) == ours(paths[-1])
-    if not trims:  # libvhdi reads the parent where a child's block is zero, against [MS-VHDX] 2.5.1.1
-        assert libvhdi(paths) == ours(paths[-1])
+        assert ours(path) == model
+        # Without trims: libvhdi reads the parent where a child's block is zero, against [MS-VHDX] 2.5.1.1.
+        assert libvhdi(paths) == model
+
+
+@pytest.mark.parametrize("sector_size", [512, 4096])
+def test_a_child_with_trims(tmp_path: Path, sector_size: int) -> None:
+    parent, child = tmp_path / "parent.vhdx", tmp_path / "child.avhdx"
+    create_disk(parent, size=11 * MIB, block_size=MIB, sector_size=sector_size)
+    scribble(parent, seed=1)
+    create_disk(child, parent=parent, block_size=2 * MIB)
+    scribble(child, seed=8, count=4)
+    with open_writable(child) as disk:
+        disk.trim(4 * MIB, 2 * MIB)
+        disk.write_at(8 * MIB, b"x" * 2 * MIB)
+        disk.write_at(10 * MIB + 5 * 4096, b"y" * 3 * 4096)
+    with open_vhdx(child) as disk:
+        states = set(disk.image.bat.payload_states(0, 6).tolist())
+    assert states >= {PayloadState.ZERO, PayloadState.FULLY_PRESENT, PayloadState.PARTIALLY_PRESENT}
+    # One byte of the bitmap at a time: dissect goes astray where a read of a partial block begins within one, or
+    # passes a block's end. For the same reason it is no judge of longer chains.
+    assert dissect(child, piece=8 * sector_size) == ours(child)
 
 
 @needs_qemu
