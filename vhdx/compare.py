@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from vhdx.disk import Disk, Extents
-from vhdx.extents import merged, runs_of
+from vhdx.extents import EMPTY, merged, runs_of
 from vhdx.progress import Progress, silent
 
 SECTOR_SIZE: Final = 512  # what differences are told in, whatever sectors the disks have
@@ -50,19 +51,29 @@ def differences(first: Disk, second: Disk, *, progress: Progress = silent) -> It
     size = max(first.size, second.size)
     buffers = (bytearray(CHUNK_BYTES), bytearray(CHUNK_BYTES))
     done = 0
+    with ThreadPoolExecutor(1, thread_name_prefix="compare") as helper:
+        for start, end in _pieces(first, second, size):
+            # Progress counts bytes of the disks, not of what is read: how much there is to read is not known ahead.
+            done = max(done, end)
+            progress(done, size, "comparing")
+            reading = helper.submit(_read, second, start, end, buffers[1])
+            _read(first, start, end, buffers[0])
+            reading.result()
+            different = _different_sectors(start, end, buffers)
+            if len(different):
+                yield np.minimum(different, size)
+    progress(size, size, "comparing")
+
+
+def _pieces(first: Disk, second: Disk, size: int) -> Iterator[tuple[int, int]]:
+    """Cut what either disk holds into pieces of whole sectors, of at most ``CHUNK_BYTES``."""
     for window_start in range(0, size, WINDOW_BYTES):
         window_end = min(size, window_start + WINDOW_BYTES)
         held = merged([*_held(first, window_start, window_end), *_held(second, window_start, window_end)])
-        # Progress counts bytes of the disks, not of what is read: how much there is to read is not known ahead.
         for start, end in held.tolist():
-            for position in range(start // SECTOR_SIZE * SECTOR_SIZE, end, CHUNK_BYTES):
-                length = min(CHUNK_BYTES, size - position, -(-(end - position) // SECTOR_SIZE) * SECTOR_SIZE)
-                different = _different_sectors(first, second, position, length, buffers)
-                if len(different):
-                    yield np.minimum(different, size)
-                done = max(done, position + length)
-                progress(done, size, "comparing")
-    progress(size, size, "comparing")
+            last = min(size, -(-end // SECTOR_SIZE) * SECTOR_SIZE)
+            for position in range(start // SECTOR_SIZE * SECTOR_SIZE, last, CHUNK_BYTES):
+                yield position, min(last, position + CHUNK_BYTES)
 
 
 def _held(disk: Disk, start: int, end: int) -> list[Extents]:
@@ -70,16 +81,20 @@ def _held(disk: Disk, start: int, end: int) -> list[Extents]:
     return list(disk.allocated(start, end)) if start < end else []
 
 
-def _different_sectors(
-    first: Disk, second: Disk, position: int, length: int, buffers: tuple[bytearray, bytearray]
-) -> Extents:
-    padded = -(-length // SECTOR_SIZE) * SECTOR_SIZE
-    words = []
-    for disk, buffer in zip((first, second), buffers, strict=True):
-        view = memoryview(buffer)[:padded]
-        readable = max(0, min(length, disk.size - position))
-        disk.read_into(position, view[:readable])
-        view[readable:] = bytes(padded - readable)
-        words.append(np.frombuffer(view, dtype=np.uint64))
-    unequal = (words[0] != words[1]).reshape(-1, SECTOR_SIZE // 8).any(axis=1)
-    return runs_of(unequal) * SECTOR_SIZE + position
+def _read(disk: Disk, start: int, end: int, buffer: bytearray) -> None:
+    """Fill ``buffer`` with [start, end) of a disk, with zeros past the disk's end and up to a whole sector."""
+    view = memoryview(buffer)[: -(-(end - start) // SECTOR_SIZE) * SECTOR_SIZE]
+    readable = max(0, min(end, disk.size) - start)
+    if readable:
+        disk.read_into(start, view[:readable])
+    view[readable:] = bytes(len(view) - readable)
+
+
+def _different_sectors(start: int, end: int, buffers: tuple[bytearray, bytearray]) -> Extents:
+    length = -(-(end - start) // SECTOR_SIZE) * SECTOR_SIZE
+    first, second = (np.frombuffer(buffer, dtype=np.uint64, count=length // 8) for buffer in buffers)
+    # Whole buffers compare at memory speed; most are equal.
+    if (length == CHUNK_BYTES and buffers[0] == buffers[1]) or np.array_equal(first, second):
+        return EMPTY
+    unequal = (first != second).reshape(-1, SECTOR_SIZE // 8).any(axis=1)
+    return runs_of(unequal) * SECTOR_SIZE + start

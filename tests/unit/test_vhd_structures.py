@@ -111,6 +111,11 @@ def test_block_sizes_that_cannot_be_are_refused(block_size: int) -> None:
     [
         (10 << 20, Geometry(301, 4, 17)),
         (5257216, Geometry(151, 4, 17)),
+        (52432896, Geometry(1004, 6, 17)),
+        (104865792, Geometry(1004, 12, 17)),
+        (136339456, Geometry(979, 16, 17)),
+        (209764352, Geometry(826, 16, 31)),
+        (273014784, Geometry(529, 16, 63)),
         (314818560, Geometry(610, 16, 63)),
         (528482304, Geometry(1024, 16, 63)),
         (33286127616, Geometry(64496, 16, 63)),
