@@ -11,7 +11,7 @@ from cli.output import Output, output_options
 from cli.session import Session, store_options
 from cli.sizes import human_size
 from replica import catalog, cycle, history
-from replica.errors import GodwitError, IntegrityError
+from replica.errors import GodwitError
 from replica.model import Point
 from replica.stores.store import Store
 from vhdx.errors import DiskError
@@ -115,7 +115,7 @@ def points(output: Output, name: str, *, session: Session) -> int | None:
     found = session.vm(store, name)
     listed = list(history.points(store, found.keys))
     good = [one for one in listed if isinstance(one, Point)]
-    damaged = [one for one in listed if isinstance(one, IntegrityError)]
+    damaged = [one for one in listed if not isinstance(one, Point)]
     document = {
         "vm": name,
         "points": [point_document(point) for point in good],
@@ -143,7 +143,7 @@ def points(output: Output, name: str, *, session: Session) -> int | None:
             right=(0, 3, 4, 5, 6),
         )
         for error in damaged:
-            output.note(f"damaged: {error}")
+            output.note(f"cannot be read: {error}")
 
     output.show(document, render)
     return 12 if damaged else None

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 
 from replica import lease as leases
 from replica import manifest
-from replica.errors import IntegrityError, LeaseLostError, ObjectExistsError, ObjectMissingError, UsageError
+from replica.errors import (
+    FormatVersionError,
+    IntegrityError,
+    LeaseLostError,
+    ObjectExistsError,
+    ObjectMissingError,
+    UsageError,
+)
 from replica.host import Host
 from replica.keys import VmKeys, point_of
 from replica.lease import Lease
@@ -66,15 +73,15 @@ def point(store: Store, keys: VmKeys, number: int) -> Point:
     return found
 
 
-def points(store: Store, keys: VmKeys) -> Iterator[Point | IntegrityError]:
-    """Yield all recovery points, oldest first; a damaged manifest comes as its error, so that it hides no other."""
+def points(store: Store, keys: VmKeys) -> Iterator[Point | IntegrityError | FormatVersionError]:
+    """Yield all recovery points, oldest first; what cannot be read comes as its error, so that it hides no other."""
     for info in store.list(keys.manifests):
         number = point_of(info.key)
         if number is None:
             continue
         try:
             found = read(store, keys, number)
-        except IntegrityError as error:
+        except (IntegrityError, FormatVersionError) as error:
             yield error
         except ObjectMissingError:
             continue
@@ -103,6 +110,8 @@ def begin(store: Store, keys: VmKeys, host: Host, lease: Lease) -> Point | None:
     Raises LeaseLostError where a later epoch is met.
     """
     number = newest_number(store, keys, lease.point) if lease.leftovers else lease.point
+    if number > lease.point:  # found by asking, maybe after a sleep: the fence of whoever took over may be among them
+        _refuse_later_epoch(store, keys, lease, number)
     if lease.was_held:
         number = _fence(store, keys, host, lease, number + 1)
     lease.advance(number)
@@ -119,8 +128,12 @@ def _fence(store: Store, keys: VmKeys, host: Host, lease: Lease, number: int) ->
             store.create(keys.manifest(number), manifest.encode(fence))
         except ObjectExistsError:
             # Either the earlier writer was still alive and this is its last point, or our own lost answer.
-            if read(store, keys, number).epoch > lease.epoch:
-                raise LeaseLostError(f"number {number} was taken under a later epoch", key=keys.lease) from None
+            _refuse_later_epoch(store, keys, lease, number)
             number += 1
         else:
             return number
+
+
+def _refuse_later_epoch(store: Store, keys: VmKeys, lease: Lease, number: int) -> None:
+    if read(store, keys, number).epoch > lease.epoch:
+        raise LeaseLostError(f"number {number} was taken under a later epoch", key=keys.lease)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from replica import history
 from replica.catalog import ProtectedVm
-from replica.errors import IntegrityError, ObjectMissingError
+from replica.errors import FormatVersionError, IntegrityError, ObjectMissingError
 from replica.host import Host
 from replica.keys import VmKeys
 from replica.mapstore import MapStore
@@ -71,7 +71,7 @@ def verify(
     host: Host,
     found: ProtectedVm,
     *,
-    points: Iterable[Point | IntegrityError] | None = None,
+    points: Iterable[Point | IntegrityError | FormatVersionError] | None = None,
     full: bool = False,
     workers: Workers | None = None,
     progress: Progress = silent,
@@ -86,7 +86,7 @@ def verify(
     checked = _Checked()
     verdicts, unreadable = [], []
     for point in history.points(store, found.keys) if points is None else points:
-        if isinstance(point, IntegrityError):
+        if not isinstance(point, Point):
             unreadable.append(Damage(point.key, str(point)))
             continue
         verdict = _quick(store, host, found, point, checked, workers)
