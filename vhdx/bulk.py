@@ -21,7 +21,6 @@ from vhdx.osfile import File, Files
 from vhdx.structures import BAT_ENTRY_SIZE, PayloadState
 
 PAGE_BLOCKS: Final = 512
-WINDOW_BLOCKS: Final = 1 << 16  # how many blocks one window of ``allocated`` covers
 
 
 class BulkDisk:
@@ -188,23 +187,18 @@ class BulkDisk:
     def allocated(self, start: int = 0, end: int | None = None) -> Iterator[Extents]:
         """Yield the extents of allocated blocks, as ``Disk`` says."""
         end = self._size if end is None else min(end, self._size)
-        for window in range(start // self._block_size, -(-end // self._block_size), WINDOW_BLOCKS):
-            blocks = [
-                block
-                for block in range(window, min(window + WINDOW_BLOCKS, -(-end // self._block_size)))
-                if self._place(block)
-            ]
-            bounds = [
-                [max(start, block * self._block_size), min(end, (block + 1) * self._block_size)] for block in blocks
-            ]
-            merged: list[list[int]] = []
-            for first, last in bounds:
-                if merged and merged[-1][1] == first:
-                    merged[-1][1] = last
-                else:
-                    merged.append([first, last])
-            if merged:
-                yield np.array(merged, dtype=np.int64)
+        size = self._block_size
+        if self._fixed:
+            if start < end:
+                yield np.array([[start, end]], dtype=np.int64)
+            return
+        for number in sorted(number for number in self._pages if number * PAGE_BLOCKS * size < end):
+            held = np.concatenate([[False], self._pages[number] != 0, [False]])
+            edges = np.flatnonzero(held[1:] != held[:-1]).reshape(-1, 2) + number * PAGE_BLOCKS
+            extents: Extents = np.clip(edges * size, start, end)
+            extents = extents[extents[:, 0] < extents[:, 1]]
+            if len(extents):
+                yield extents
 
     def commit(self) -> None:
         """Write the BAT, flush, and give the file its name; the disk is then closed.

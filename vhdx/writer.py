@@ -361,6 +361,8 @@ class Writer:
         if state in PRESENT:
             place = self._image.block_offset(block, entry)
             self._check_place(f"payload block {block}", place, self.geometry.block_size)
+        if state == PayloadState.PARTIALLY_PRESENT:
+            self._image.bitmap_offset(block // self.geometry.chunk_ratio)  # raises where its bits are nowhere
         return state, place
 
     def _check_place(self, name: str, place: int, length: int) -> None:

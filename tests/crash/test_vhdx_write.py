@@ -13,7 +13,7 @@ from tests.support.crash_files import CrashPoint, RecordingFiles, crash_points, 
 from tests.support.crash_model import Begun, Flushed, assert_possible
 from vhdx.chain import open_vhdx
 from vhdx.create import Kind, create_disk
-from vhdx.errors import DiskError
+from vhdx.errors import DiskError, ParentError
 from vhdx.vhdx import VhdxDisk
 from vhdx.writer import open_writable
 
@@ -202,6 +202,26 @@ def test_an_error_at_any_effect_stops_the_writer_and_loses_nothing_flushed(
         with open_vhdx(path) as disk:
             actual = disk.read_at(0, disk.size)
         assert_possible(actual, failing.initial, (mark for _, mark in failing.files.marks), f"effect {ordinal} fails")
+
+
+def test_no_crash_lets_a_child_accept_a_parent_that_changed(source: Path, crashed: Path) -> None:
+    parent = make_disk(source, "dynamic", 512)
+    with open_writable(parent) as disk:
+        disk.write_at(0, b"x" * 2 * MIB)
+    create_disk(source / "child.vhdx", parent=parent, block_size=MIB)
+    recorded = Recorded(parent)
+    recorded.write(100, b"y" * 1000)
+    recorded.trim(MIB, MIB)
+    recorded.close()
+    refused = 0
+    for point in crash_points(recorded.files):
+        point.write_to(crashed)
+        try:
+            with open_vhdx(crashed / "child.vhdx") as disk:
+                assert disk.read_at(0, SIZE) == recorded.initial, point
+        except ParentError:
+            refused += 1
+    assert refused > 5
 
 
 def test_a_disk_that_was_only_opened_is_not_touched(source: Path) -> None:

@@ -194,6 +194,15 @@ def test_a_state_that_a_dynamic_disk_cannot_have_is_refused(disk_path: Path, sta
         disk.write_at(MIB, b"x")
 
 
+def test_a_partial_block_without_a_bitmap_is_refused(child_path: Path) -> None:
+    with open_writable(child_path) as disk:
+        disk.write_at(MIB, b"x" * 512)
+        bitmap = disk.image.geometry.bitmap_index(0)
+    poke_bat(child_path, bitmap, 0)
+    with open_writable(child_path) as disk, pytest.raises(CorruptDiskError):
+        disk.write_at(MIB + 512, b"y" * 512)
+
+
 def test_new_blocks_go_behind_those_that_a_cut_file_lost(disk_path: Path) -> None:
     with open_writable(disk_path) as disk:
         disk.write_at(0, b"x" * 3 * MIB)
