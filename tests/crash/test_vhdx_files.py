@@ -255,3 +255,35 @@ def test_a_crash_while_compacting_never_changes_what_a_disk_or_its_child_reads(s
             assert read(victim) == before, point
 
     each_crash(record, crashed, check, seeds=2)
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_an_error_anywhere_in_a_merge_can_be_recovered_from_by_merging_again(source: Path, applied: bool) -> None:
+    paths = make_chain(source, 4)
+    contents = [read(path) for path in paths]
+    start = RecordingFiles(source)
+    merge_into_parent(paths[2], files=start)
+    for ordinal in range(0, len(start.effects), 4):
+        start.restore()
+        with pytest.raises(DiskError):
+            merge_into_parent(paths[2], files=RecordingFiles(source, fail_at=ordinal, applied=applied))
+        assert read(paths[3]) == contents[3]
+        if paths[2].exists():
+            assert read(paths[2]) == contents[2]
+            merge_into_parent(paths[2])
+        assert read(paths[1]) == contents[2]
+        assert read(paths[3]) == contents[3]
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_an_error_anywhere_in_creating_leaves_no_file_and_no_name(source: Path, applied: bool) -> None:
+    total = RecordingFiles(source)
+    create_disk(source / "disk.vhdx", size=MIB, files=total)
+    (source / "disk.vhdx").unlink()
+    for ordinal in range(len(total.effects) - 1):  # the last one gives the file its name
+        with pytest.raises(DiskError):
+            create_disk(source / "disk.vhdx", size=MIB, files=RecordingFiles(source, fail_at=ordinal, applied=applied))
+        if ordinal:  # an error of creating the temporary file leaves what the system left
+            assert list(source.iterdir()) == []
+        for path in source.iterdir():
+            path.unlink()

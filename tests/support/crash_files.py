@@ -186,6 +186,11 @@ class RecordingFiles:
                 self.base[inode] = SparseBytes.of(path)
         self.base_names = dict(self.inodes)
 
+    def restore(self) -> None:
+        """Put the files of the folder back to what they were when recording began."""
+        start = CrashPoint(0, "none", {path: self.base[inode] for path, inode in self.base_names.items()}, ())
+        start.write_to(self.folder)
+
     def effect(self, effect: Effect) -> _Effecting:
         return _Effecting(self, effect)
 
