@@ -42,7 +42,7 @@ def load(
     The file is ``file``, or GODWIT_CONFIG, or the first godwit.toml of: the working ``folder``, the user's
     configuration folder, /etc/godwit. Raises ConfigurationError naming every mistake.
     """
-    path = _find(file, environment, folder or Path.cwd())
+    path = _find(file, environment, folder or Path())
     mistakes: list[str] = []
     values = _read(path) if path else {}
     known = _Known(values, mistakes)
@@ -93,7 +93,12 @@ def _tenant(value: Any) -> str:
 
 
 def _path(value: Any) -> Path:
-    return Path(_text(value)).expanduser()
+    if "\0" in _text(value):
+        raise ValueError("cannot be a path")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:  # ~ of a user that does not exist
+        raise ValueError(f"{value!r} names nobody's home folder") from error
 
 
 def _count(value: Any) -> int:
@@ -120,5 +125,9 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"cannot read the file: {error.strerror}", path=str(path)) from error
+    except RecursionError as error:
+        raise ConfigurationError(
+            "the file is not valid TOML: its values are nested too deeply", path=str(path)
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"the file is not valid TOML: {error}", path=str(path)) from error
