@@ -128,6 +128,8 @@ def convert_disk(
 
 def _refuse_own_files(source: Disk, target: Path) -> None:
     with translated(target, "look at the target"):
+        if target.is_dir():
+            raise OsError("the target is a folder", path=str(target), hint="name a file in it")
         if target.exists() and any(path.exists() and path.samefile(target) for path in chain_of(source)):
             raise OsError(
                 "the target is the source itself or one of its parents", path=str(target), hint="choose another name"

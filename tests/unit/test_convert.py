@@ -141,6 +141,11 @@ def test_the_source_and_its_parents_are_never_overwritten(tmp_path: Path) -> Non
     assert leftovers(tmp_path) == []
 
 
+def test_a_folder_is_no_target(raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(OsError, match="folder"):
+        convert(raw, tmp_path, format="raw", overwrite=True)
+
+
 @pytest.mark.parametrize("format", ["vhdx", "vhd", "vhd-dynamic", "raw"])
 def test_what_fails_midway_leaves_nothing_behind(
     raw: Path,
