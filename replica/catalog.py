@@ -148,7 +148,9 @@ def find(store: Store, tenant: str, name: str) -> ProtectedVm:
             f"no VM named {name!r} is protected in this store", hint="'godwit status' lists those that are"
         ) from error
     body = record.decode("name", data, key=key)
-    vm_keys = VmKeys(tenant, body.text("vm_id"))
+    if body.text("name") != name:
+        raise IntegrityError("the name in the object is not the one of its key: objects were mixed up", key=key)
+    vm_keys = VmKeys(tenant, body.hexadecimal("vm_id", digits=32))
     return ProtectedVm(vm_keys, _read_vm(store, vm_keys))
 
 
@@ -165,12 +167,16 @@ def read_settings(store: Store, vm_keys: VmKeys, version: int) -> Settings:
         body = record.decode("settings", store.get(key), key=key)
     except ObjectMissingError as error:
         raise IntegrityError("the VM's protection settings are missing from the store", key=key) from error
+    if body.integer("version", least=1) != version:
+        raise IntegrityError("the settings are another version than their key says: objects were mixed up", key=key)
     sources = tuple(
-        SourceDisk(one.integer("number"), one.text("name"), one.text("path"), one.text("bus"))
+        SourceDisk(one.integer("number", most=LARGEST_DISK_NUMBER), one.text("name"), one.text("path"), one.text("bus"))
         for one in body.list_of_fields("sources")
     )
+    if len({one.number for one in sources}) != len(sources):
+        raise IntegrityError("the settings name a disk number twice", key=key)
     return Settings(
-        version=body.integer("version", least=1),
+        version=version,
         machine=manifest.decode_machine(body.fields("machine")),
         sources=sources,
         next_disk_number=body.integer("next_disk_number", most=LARGEST_DISK_NUMBER + 1),
@@ -242,7 +248,7 @@ def _read_vm(store: Store, vm_keys: VmKeys) -> Vm:
     except ObjectMissingError as error:
         raise IntegrityError("the VM's record is missing from the store", key=key) from error
     seed = body.text("hash_seed")
-    if not seed.isdigit() or int(seed) >= 1 << 64:
+    if not (seed.isascii() and seed.isdigit() and len(seed) <= 20) or int(seed) >= 1 << 64:
         raise IntegrityError("the VM's hash seed is not a 64-bit number", key=key)
     if (body.text("vm_id"), body.integer("block_size_bytes"), body.text("hash")) != (vm_keys.vm_id, 65536, "xxh3-128"):
         raise IntegrityError("the VM's record names another VM, block size or hash than this godwit knows", key=key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import socket
 import sys
@@ -17,6 +18,8 @@ from typing import Protocol
 from replica.errors import LeaseHeldError
 from vhdx.errors import DiskBusyError, DiskError
 from vhdx.osfile import File, open_file
+
+_HOST_ID = re.compile(rb"[0-9a-f]{32}\s*")
 
 
 class Clock(Protocol):
@@ -128,12 +131,11 @@ def this_host(state_folder: Path | None = None) -> Host:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "host-id"
-        if not path.exists():
+        if not path.exists() or not _HOST_ID.fullmatch(path.read_bytes()):
             temporary = folder / f".host-id.{host_id}"
-            temporary.write_text(host_id)
+            temporary.write_bytes(host_id.encode())
             temporary.replace(path)
-        found = path.read_text().strip()
-        host_id = found if len(found) == 32 else host_id
+        host_id = path.read_bytes().strip().decode("ascii", "replace")
     except OSError:
         return Host(SystemClock(), randomness, host_id, socket.gethostname(), None)
     return Host(SystemClock(), randomness, host_id, socket.gethostname(), folder)
