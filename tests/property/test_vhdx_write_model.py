@@ -167,8 +167,9 @@ class ChainMachine(RuleBasedStateMachine):
                 with open_vhdx(path) as disk:
                     assert disk.read_at(0, len(content)) == content
                     assert not any(disk.read_at(len(content), disk.size - len(content)))
-                faults = [finding for finding in check_disk(path).findings if finding.severity != "info"]
-                assert not faults
+                # A crash may leave a file of any length: of the writes past its end, storage took what it took.
+                findings = check_disk(path).findings
+                assert not [found for found in findings if found.severity != "info" and found.rule != "file-size"]
         self.stack.close()
 
 

@@ -4,8 +4,9 @@
 size, a hole, a flush, and what happens to names. ``crash_points`` then goes through the record and yields, for each
 ordinal, the states that a power cut at that instant could leave behind:
 
-- what was flushed is there; of what was written since, ``none``, ``all`` (with the last write whole), all with the
-  last write ``torn`` after some 512-byte sectors, or a ``seeded`` choice of writes, some of them torn;
+- what was flushed is there; of what was written since, in whole sectors as the system's cache held them after the
+  write, ``none`` survived, ``all``, all but the last write ``torn`` after some 512-byte sectors, or a seeded choice of
+  writes, some of them torn;
 - names are durable once their call returned, since every such call flushes the folder; before, they are the old ones.
 
 ``RecordingFiles(fail_at=k)`` makes effect k fail instead, with the storage left as it was or (``applied=True``) with
@@ -65,6 +66,11 @@ class SparseBytes:
             else:
                 self.pages[page] = new
             position += len(piece)
+
+    def read(self, offset: int, length: int) -> bytes:
+        first, last = offset // PAGE, -(-(offset + length) // PAGE)
+        content = b"".join(self.pages.get(page, ZERO_PAGE) for page in range(first, last))
+        return content[offset - first * PAGE :][: min(length, self.size - offset)]
 
     def punch(self, offset: int, length: int) -> None:
         end = min(offset + length, self.size)
@@ -252,24 +258,36 @@ class _Storage:
 
     def __init__(self, record: RecordingFiles) -> None:
         self.durable = {inode: content.copy() for inode, content in record.base.items()}
+        self.cached = {inode: content.copy() for inode, content in record.base.items()}  # as if all had survived
         self.names = dict(record.base_names)
         self.pending: list[Effect] = []
 
     def take(self, effect: Effect) -> None:
         if effect.kind in ("write", "truncate", "punch"):
-            self.pending.append(effect)
+            effect.apply(self.cached[effect.inode])
+            self.pending.append(self._by_sectors(effect))
         elif effect.kind == "fsync":
             for written in self.pending:
                 if written.inode == effect.inode:
                     written.apply(self.durable[effect.inode])
             self.pending = [written for written in self.pending if written.inode != effect.inode]
         elif effect.kind == "create":
-            self.durable[effect.inode] = SparseBytes()
+            self.durable[effect.inode], self.cached[effect.inode] = SparseBytes(), SparseBytes()
             self.names[effect.path] = effect.inode
         else:
             inode = self.names.pop(effect.path)
             if effect.target is not None:
                 self.names[effect.target] = inode
+
+    def _by_sectors(self, effect: Effect) -> Effect:
+        """Return the write or hole with its first and last sector completed: storage takes them from the cache."""
+        length = effect.length if effect.kind == "punch" else len(effect.data)
+        if effect.kind == "truncate" or not length:
+            return effect
+        start = effect.offset // SECTOR * SECTOR
+        end = -(-(effect.offset + length) // SECTOR) * SECTOR
+        data = self.cached[effect.inode].read(start, end - start)
+        return Effect("write", effect.inode, effect.path, start, data)
 
     def after(self, survivors: list[Effect]) -> dict[Path, SparseBytes]:
         """Return the named files if of the pending effects just these reached the storage."""

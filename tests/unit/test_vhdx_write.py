@@ -26,6 +26,7 @@ from vhdx.errors import (
     UnsupportedDiskError,
 )
 from vhdx.merge import merge_into_parent
+from vhdx.osfile import File, OsFiles, PortableFile
 from vhdx.pending import PendingSectors
 from vhdx.relink import find_children, free_place, relink
 from vhdx.resize import resize_disk
@@ -290,6 +291,33 @@ def test_after_a_failed_commit_no_more_is_written(disk_path: Path, call: Callabl
         disk.write_at(0, b"y")
     disk.close()
     assert len(files.effects) == count
+
+
+class PortableFiles(OsFiles):
+    """The operating system's files through seek, read and write alone, as Windows has them."""
+
+    def open(self, path: Path, *, writable: bool = False, create: bool = False, lock: bool = True) -> File:
+        return PortableFile(path, writable=writable or create, create=create)
+
+
+def test_everything_works_through_portable_files(tmp_path: Path) -> None:
+    files, path, child = PortableFiles(), tmp_path / "disk.vhdx", tmp_path / "child.vhdx"
+    with create_disk(path, size=8 * MIB, block_size=MIB, bulk=True, files=files) as bulk:
+        bulk.write_at(0, b"P" * 8 * MIB)
+        bulk.commit()
+    create_disk(child, parent=path, block_size=MIB, files=files)
+    with open_writable(child, files=files) as disk:
+        disk.write_at(MIB - 3, b"child" * 1000)
+        disk.flush()
+        disk.trim(3 * MIB + 7, 2 * MIB)
+    expected = read(child)
+    assert expected[MIB - 3 : MIB + 2] == b"child"
+    assert expected[3 * MIB + 7 : 5 * MIB + 7] == bytes(2 * MIB)
+    resize_disk(child, 9 * MIB, files=files)
+    assert merge_into_parent(child, files=files) == path
+    compact_disk(path, files=files)
+    assert read(path) == expected + bytes(MIB)
+    assert errors(path) == []
 
 
 # -- resizing, merging, compacting: what the crash tests do not look at ----------------------------------------------
