@@ -114,20 +114,22 @@ def _check(interval_seconds: int, compression_level: int) -> None:
 def number_disks(known: Iterable[SourceDisk], paths: Sequence[Path], *, next_number: int) -> tuple[SourceDisk, ...]:
     """Return the disks with numbers: those known by path keep theirs, new ones get numbers from ``next_number`` on.
 
-    Raises UsageError where a file is named twice.
+    Raises UsageError where a file is named twice, or in a way that no JSON can hold.
     """
     by_path = {one.path: one for one in known}
     disks: list[SourceDisk] = []
     names: set[str] = set()
     for given in paths:
         path = Path(given).absolute()
+        if any(0xD800 <= ord(c) < 0xE000 for c in str(path)):  # how Python spells bytes that are no UTF-8
+            raise UsageError(f"{path}: the file's path is not valid Unicode", hint="rename the file or its folder")
         if any(one.path == str(path) for one in disks):
             raise UsageError(f"{path} is named twice", hint="name each disk once")
         disk = by_path.get(str(path))
         if disk is None:
             disk = SourceDisk(next_number, path.stem, str(path))
             next_number += 1
-        if disk.name in names:
+        while disk.name in names:
             disk = replace(disk, name=f"{disk.name}-{disk.number}")
         names.add(disk.name)
         disks.append(disk)
