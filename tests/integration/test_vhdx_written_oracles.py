@@ -5,6 +5,7 @@ qemu-img knows neither parents nor 4096-byte sectors; libvhdi and dissect.hyperv
 
 from __future__ import annotations
 
+import gzip
 import random
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ from vhdx.writer import open_writable
 
 MIB = 1 << 20
 PIECE = 4 * MIB
+SAMPLES = Path(__file__).resolve().parents[3] / "shared" / "samples" / "vhdx"
 
 pyvhdi = pytest.importorskip("pyvhdi", reason="libvhdi-python is not installed")
 dissect_vhdx = pytest.importorskip("dissect.hypervisor.disk.vhdx", reason="dissect.hypervisor is not installed")
@@ -41,6 +43,11 @@ def tmp_path() -> Iterator[Path]:
 def ours(path: Path) -> bytes:
     with open_vhdx(path) as disk:
         return disk.read_at(0, disk.size)
+
+
+def ours_start(path: Path, length: int) -> bytes:
+    with open_vhdx(path) as disk:
+        return disk.read_at(0, length)
 
 
 def libvhdi(paths: list[Path]) -> bytes:
@@ -247,3 +254,28 @@ def test_qemu_replays_the_logs_that_crashes_leave_as_we_do(tmp_path: Path) -> No
         assert ours(victim) == expected, point
         replayed += 1
     assert replayed > 5
+
+
+@needs_qemu
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="the samples are not beside the checkout (../shared/samples)")
+@pytest.mark.parametrize("name", ["fixed", "dynamic", "vhdx-log-replay", "swap"])
+def test_disks_of_windows_can_be_written_resized_and_compacted(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "disk.vhdx"
+    with gzip.open(SAMPLES / f"{name}.vhdx.gz") as packed, path.open("wb") as file:
+        shutil.copyfileobj(packed, file)
+    with open_vhdx(path) as disk:
+        model = bytearray(disk.read_at(0, 10 * MIB - MIB))
+    with open_writable(path) as disk:  # one of them replays a log of Windows to disk
+        assert disk.read_at(0, len(model)) == model
+        assert disk.image.replay is None
+        for offset in (1000, 5 * MIB + 17):
+            disk.write_at(offset, b"hello" * 1000)
+            model[offset : offset + 5000] = b"hello" * 1000
+        size = disk.size
+    compact_disk(path)
+    resize_disk(path, size + 33 * MIB)
+    assert_clean(path)
+    assert ours_start(path, len(model)) == model
+    check = subprocess.run(["qemu-img", "check", "-f", "vhdx", path], capture_output=True, text=True, check=False)
+    assert check.returncode == 0, check.stdout + check.stderr
+    assert dissect_vhdx.VHDX(path).read(len(model)) == model
