@@ -20,10 +20,10 @@ from typing import Final
 
 from vhdx.errors import UnsupportedDiskError
 from vhdx.headers import GuidFactory, HeaderPair
-from vhdx.log import LOG_SECTOR, LogEntry, ReplayPlan, descriptor_sectors
+from vhdx.log import LOG_SECTOR, MAX_LOG_LENGTH, LogEntry, ReplayPlan, descriptor_sectors
 from vhdx.osfile import File
 from vhdx.replay import Change
-from vhdx.structures import MIB, ZERO_GUID
+from vhdx.structures import LOG_VERSION, MIB, ZERO_GUID
 
 MAX_ENTRY_SECTORS: Final = 120  # data sectors of an entry: with its head under half of the smallest log, 1 MiB
 
@@ -40,9 +40,12 @@ class Journal:
         self._guid = ZERO_GUID
         self._next_position = 0
         self._next_sequence = 1
-        if self._log_length < MIB:
+        # A longer log than replay takes, or one of another version, must not be given anything to replay.
+        if not MIB <= self._log_length <= MAX_LOG_LENGTH or headers.current.log_version != LOG_VERSION:
             raise UnsupportedDiskError(
-                f"a log of {self._log_length} bytes cannot be written to", path=str(file.path), offset=self._log_offset
+                f"a log of {self._log_length} bytes and version {headers.current.log_version} cannot be written to",
+                path=str(file.path),
+                offset=self._log_offset,
             )
 
     @property

@@ -543,11 +543,12 @@ def test_a_parent_far_away_is_relinked_by_a_long_path(child_path: Path, tmp_path
     assert read(child_path) == b"P" * 8 * MIB
 
 
-def test_a_disk_without_a_log_is_refused_for_writing_and_let_go(disk_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"log_length": 0}, {"log_version": 1}])
+def test_a_disk_with_an_unusable_log_is_refused_for_writing_and_let_go(disk_path: Path, change: dict[str, Any]) -> None:
     content = disk_path.read_bytes()
     for offset in HEADER_OFFSETS:
         header = Header.decode(content[offset : offset + 4096], offset=offset)
-        content = content[:offset] + replace(header, log_length=0).encode() + content[offset + 4096 :]
+        content = content[:offset] + replace(header, **change).encode() + content[offset + 4096 :]
     disk_path.write_bytes(content)
     for _ in range(2):  # the second try would find the first one's lock
         with pytest.raises(UnsupportedDiskError):
