@@ -6,6 +6,7 @@ import random
 import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,28 @@ def test_bulk_blocks_that_were_prepared_take_writes_from_many_threads(tmp_path: 
             assert opened.read_at(start, end - start) == random.Random(start).randbytes(end - start)
         assert not any(opened.read_at(0, MIB))
         assert not any(opened.read_at(20 * MIB, MIB))
+
+
+def test_bulk_blocks_may_be_prepared_while_others_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "disk.vhdx"
+    windows, window = 60, 16 * MIB
+    disk = create_disk(path, bulk=True, size=windows * window, block_size=MIB)
+
+    def write(number: int) -> None:
+        for start in range(number * window, (number + 1) * window, 4 * MIB):
+            disk.write_at(start, start.to_bytes(8, "little"))
+
+    with ThreadPoolExecutor(3) as pool:
+        written = []
+        for number in range(windows):
+            disk.prepare(np.array([[number * window, (number + 1) * window]], dtype=np.int64))
+            written.append(pool.submit(write, number))
+        for one in written:
+            one.result()
+    disk.commit()
+    with open_vhdx(path) as opened:
+        for start in range(0, windows * window, 4 * MIB):
+            assert opened.read_at(start, 16) == start.to_bytes(8, "little") + bytes(8)
 
 
 def test_a_big_bulk_write_is_one_write_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
