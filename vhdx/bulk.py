@@ -86,8 +86,8 @@ class BulkDisk:
         """Allocate the blocks that the extents touch, in ascending order, so that threads may write there at once.
 
         ``extents`` is shaped (n, 2), half-open byte ranges, sorted. What is prepared and then not written reads as
-        zeros. Call it as often as wanted, from one thread at a time; other threads may go on writing to ranges that were
-        prepared before, since a block that has a place keeps it and the file only grows.
+        zeros. Call it as often as wanted, from one thread at a time; other threads may go on writing to ranges that
+        were prepared before, since a block that has a place keeps it and the file only grows.
         """
         if len(extents) and (int(extents.min()) < 0 or int(extents[:, 1].max()) > self._size):
             raise OutOfRangeError(f"extents reach outside the disk of {self._size} bytes", path=str(self._path))
