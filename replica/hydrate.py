@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from vhdx.progress import Progress, silent
 from vhdx.target import create_target
 
 FORMATS: Final = CONVERT_FORMATS
+LONGEST_NAME_BYTES: Final = 200
 SUFFIXES: Final[dict[str, str]] = {
     "vhdx": ".vhdx",
     "vhdx-fixed": ".vhdx",
@@ -73,7 +75,8 @@ def target_paths(disks: Sequence[DiskRecord], to: Path, format_: str, *, is_fold
 def file_name(disk: DiskRecord) -> str:
     """Return a file name for the disk. The name in the store is not trusted to be one."""
     kept = "".join(c if c.isalnum() or c in "-_ ." else "_" for c in disk.name).strip(" .")
-    return kept[:100] or f"disk{disk.number}"
+    # Counted in bytes, as file systems do, with room for the suffix and for the temporary name around it.
+    return kept.encode()[:LONGEST_NAME_BYTES].decode(errors="ignore").strip(" .") or f"disk{disk.number}"
 
 
 def restore_files(
@@ -96,9 +99,11 @@ def restore_files(
     durable. Raises IntegrityError where the store is damaged, OsError where a file exists or the disk is full.
     """
     for path in paths:
-        if path.exists() and not overwrite:
+        with translated(path, "look for the file"):
+            exists = path.exists()
+        if exists and not overwrite:
             raise file_exists(path)
-    if len({str(path) for path in paths}) != len(paths):
+    if len({os.path.normcase(os.path.abspath(path)) for path in paths}) != len(paths):  # noqa: PTH100 - no links followed
         raise UsageError("two disks would be restored into one file", hint="restore them one by one with --disk")
     reader = PointReader(store, host, found, point, workers or Workers())
     done = []
