@@ -121,6 +121,16 @@ class Replication(RuleBasedStateMachine):
         point = cycle.replicate(self.store, self.hosts[host], self.vm)
         self.states[point.point] = self._now()
 
+    @rule(places=st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=2, max_size=6))
+    def run_for_a_while(self, places: list[tuple[float, bool]]) -> None:
+        """Several cycles with a small change before each, so that maps pile up and merge."""
+        for number, (at, is_zero) in enumerate(places):
+            if is_zero:
+                self.zero(0, at, BLOCK, False)
+            else:
+                self.write(0, at, BLOCK, number)
+            self.replicate(0)
+
     @rule(host=st.integers(0, HOSTS - 1), at=st.integers(0, 9), mode=st.sampled_from(CrashMode))
     def crash_in_a_cycle(self, host: int, at: int, mode: CrashMode) -> None:
 
@@ -184,6 +194,11 @@ class Replication(RuleBasedStateMachine):
                 assert not verify.verify(self.store, make_host(), self.vm, full=True).damaged
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
+            # A failure is kept, with all that it refers to, while smaller ones are looked for: let go of the content.
+            self.states.clear()
+            self.disks.clear()
+            for info in list(self.store.list("")):
+                self.store.delete(info.key)
 
 
 class TestReplication(Replication.TestCase):  # type: ignore[misc, valid-type]
@@ -198,5 +213,6 @@ class TestReplication(Replication.TestCase):  # type: ignore[misc, valid-type]
         monkeypatch.setattr("replica.maptable.PAGE_ENTRIES", 4)
         monkeypatch.setattr("replica.maptable.PART_ENTRIES", 11)
         monkeypatch.setattr("replica.blockmap.MERGE_MAPS", 3)
+        monkeypatch.setattr("replica.blockmap.LEVEL_ZERO_ENTRIES", 2)
         monkeypatch.setattr("replica.blockmap.WINDOW_BLOCKS", 16)
         monkeypatch.setattr(scan, "WINDOW_BLOCKS", 16)
