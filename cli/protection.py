@@ -26,7 +26,7 @@ from replica.stores.store import Store
     "--disk",
     "disks",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     metavar="PATH",
     help="A disk of the VM: VHDX, AVHDX, VHD or raw; the boot disk first. May be repeated.",
 )
