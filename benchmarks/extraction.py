@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from vhdx.chain import open_vhdx
 from vhdx.create import create_disk
-from vhdx.formats import open_disk
 
 MIB = 1 << 20
 TIB = 1 << 40
@@ -19,9 +19,9 @@ TIB = 1 << 40
 
 def _fill(path: Path, block_size: int, every: int) -> None:
     """Mark every so many payload blocks as present, all in one place of the file: only the table matters here."""
-    with open_disk(path) as disk:
-        image = disk.image  # type: ignore[union-attr]
-        bat_offset, ratio = image.regions.bat.offset, image.geometry.chunk_ratio
+    with open_vhdx(path) as disk:
+        image = disk.image
+        bat_offset, ratio = image.bat_region.offset, image.geometry.chunk_ratio
     blocks = 64 * TIB // block_size
     block = np.arange(0, blocks, every, dtype=np.int64)
     index = block + block // ratio
@@ -54,7 +54,7 @@ def run(folder: Path, *, runs: int) -> Iterator[dict[str, Any]]:
                 _fill(path, block_size, every)
 
             def extract(path: Path = path) -> int:
-                with open_disk(path) as disk:
+                with open_vhdx(path) as disk:
                     return sum(len(extents) for extents in disk.allocated())
 
             median, extents = _time(extract, runs)

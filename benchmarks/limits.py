@@ -96,7 +96,7 @@ def unpack_and_write(frames: list[tuple[bytes, bytes, int]], target: Path, size:
         packed = zstandard.BufferWithSegments(data, places)
         blocks = zstandard.ZstdDecompressor().multi_decompress_to_buffer(packed, decompressed_sizes=sizes)
         for at in range(count):
-            os.pwrite(descriptor, blocks[at], start + at * BLOCK)
+            os.pwrite(descriptor, memoryview(blocks[at]), start + at * BLOCK)
 
     try:
         os.ftruncate(descriptor, size)
