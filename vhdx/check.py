@@ -36,7 +36,7 @@ from vhdx.structures import (
 )
 
 MAX_FINDINGS_PER_RULE = 64
-MAX_CLAIMED_MIB = 1 << 27  # 128 TiB of file: one byte of memory for each MiB
+MAX_CLAIMED_MIB = 66 << 20  # 66 TiB of file, a little more than the largest disk: a byte of memory for each MiB
 
 
 class Severity(StrEnum):

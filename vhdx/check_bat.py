@@ -71,7 +71,7 @@ class Claims:
 
     def unclaimed(self) -> int:
         """Return how many MiB of the file belong to nobody."""
-        return int(np.count_nonzero(self._owner == 0))
+        return self.size_mib - int(np.count_nonzero(self._owner))
 
 
 def check_bat(bat: Bat, view: ReadableFile, claims: Claims, report: Report) -> None:

@@ -49,15 +49,16 @@ def allocated_extents(chain: Sequence[VhdxImage], start: int, end: int) -> Itera
 
     ``chain`` goes from the child to the last parent that is to be counted. Raises CorruptDiskError, OsError.
     """
-    return _extents(chain, _top_data, start, end)
+    return _extents(chain, _top_data, start, end, shadow=end)
 
 
-def changed_extents(chain: Sequence[VhdxImage], start: int, end: int) -> Iterator[Extents]:
+def changed_extents(chain: Sequence[VhdxImage], start: int, end: int, *, ancestor_size: int = 0) -> Iterator[Extents]:
     """Yield what any of ``chain``'s images says anything of within [start, end), ascending.
 
-    That is where the first may differ from the parent of the last. Raises CorruptDiskError, OsError.
+    That is where the first may differ from the parent of the last, of ``ancestor_size`` bytes: where a link between
+    them is smaller than that, what the ancestor has past the link's end is gone. Raises CorruptDiskError, OsError.
     """
-    return _extents(chain, _any_opaque, start, end)
+    return _extents(chain, _any_opaque, start, end, shadow=ancestor_size)
 
 
 def _top_data(links: list[Kinds]) -> Kinds:
@@ -84,7 +85,8 @@ def _opaque(kinds: Kinds) -> Kinds:
     return np.where(kinds == ZERO, np.uint8(DATA), kinds)
 
 
-def _extents(chain: Sequence[VhdxImage], combine: _Combine, start: int, end: int) -> Iterator[Extents]:
+def _extents(chain: Sequence[VhdxImage], combine: _Combine, start: int, end: int, *, shadow: int) -> Iterator[Extents]:
+    """Yield the combined extents. A parent is zero, not clear, from its end to ``shadow``: it hides its own parents."""
     if start >= end or not chain:
         return
     unit = min(image.geometry.block_size for image in chain)
@@ -92,9 +94,11 @@ def _extents(chain: Sequence[VhdxImage], combine: _Combine, start: int, end: int
     partial_limit = max(1, WINDOW_SECTORS // sectors_per_unit)
     for first in range(start // unit, -(-end // unit), WINDOW_UNITS):
         last = min(-(-end // unit), first + WINDOW_UNITS)
-        links = [_unit_kinds(image, unit, first, last) for image in chain]
+        shadows = [0, *(shadow for _ in chain[1:])]  # past the end of the first link there is no disk
+        links = [_unit_kinds(image, unit, first, last, over) for image, over in zip(chain, shadows, strict=True)]
         kinds = combine(
-            [links[0], *(_edged(link, image, unit, first) for link, image in zip(links[1:], chain[1:], strict=True))]
+            [links[0]]
+            + [_edged(link, image, unit, first, shadow) for link, image in zip(links[1:], chain[1:], strict=True)]
         )
         partial = np.flatnonzero(kinds == PARTIAL)
         # Cut the window where its partial units would take more sectors than are looked at together.
@@ -103,7 +107,7 @@ def _extents(chain: Sequence[VhdxImage], combine: _Combine, start: int, end: int
             parts = [(runs_of(kinds[low:high] == DATA) + (first + low)) * unit]
             for run_low, run_high in _groups(partial, low, high, max(1, JOINED_GAP_SECTORS // sectors_per_unit)):
                 inside = [link[run_low:run_high] for link in links]
-                parts.append(_sector_extents(chain, inside, combine, unit, first + run_low))
+                parts.append(_sector_extents(chain, inside, combine, unit, first + run_low, shadows))
             extents = clipped(merged(parts), start, end)
             if len(extents):
                 yield extents
@@ -119,12 +123,13 @@ def _groups(partial: npt.NDArray[np.int64], low: int, high: int, gap: int) -> It
         yield int(group[0]), int(group[-1]) + 1
 
 
-def _unit_kinds(image: VhdxImage, unit: int, first: int, last: int) -> Kinds:
-    """Return the kinds of units [first, last), CLEAR past the image's end."""
+def _unit_kinds(image: VhdxImage, unit: int, first: int, last: int, shadow: int) -> Kinds:
+    """Return the kinds of units [first, last): past the image's end ZERO up to ``shadow``, CLEAR from there."""
     geometry = image.geometry
     per_block = geometry.block_size // unit
     first_block, last_block = first // per_block, min(-(-last // per_block), geometry.block_count)
     kinds = np.zeros(last - first, dtype=np.uint8)
+    kinds[max(0, -(-geometry.virtual_size // unit) - first) : max(0, -(-shadow // unit) - first)] = ZERO
     if first_block >= last_block:
         return kinds
     states = image.bat.payload_states(first_block, last_block)
@@ -133,15 +138,19 @@ def _unit_kinds(image: VhdxImage, unit: int, first: int, last: int) -> Kinds:
         if by_block.max() == INVALID:
             _refuse(image, first_block + int(np.argmax(by_block == INVALID)))
         repeated = np.repeat(by_block, per_block) if per_block > 1 else by_block
-        found = repeated[first - first_block * per_block :][: last - first]
+        # The last block may reach past the image's end by whole units, which are nobody's.
+        within = min(last, -(-geometry.virtual_size // unit)) - first
+        found = repeated[first - first_block * per_block :][: max(0, within)]
         kinds[: len(found)] = found
     return kinds
 
 
-def _edged(kinds: Kinds, image: VhdxImage, unit: int, first: int) -> Kinds:
+def _edged(kinds: Kinds, image: VhdxImage, unit: int, first: int, shadow: int) -> Kinds:
     """Return the kinds of a parent with the unit that its end cuts made partial: only sectors tell what it holds."""
     edge, cut = divmod(image.geometry.virtual_size, unit)
-    if cut and first <= edge < first + len(kinds) and kinds[edge - first] != CLEAR:
+    if not cut or not first <= edge < first + len(kinds):
+        return kinds
+    if kinds[edge - first] != CLEAR or image.geometry.virtual_size < shadow:
         kinds = kinds.copy()
         kinds[edge - first] = PARTIAL
     return kinds
@@ -157,18 +166,20 @@ def _refuse(image: VhdxImage, block: int) -> None:
 
 
 def _sector_extents(
-    chain: Sequence[VhdxImage], links: list[Kinds], combine: _Combine, unit: int, first: int
+    chain: Sequence[VhdxImage], links: list[Kinds], combine: _Combine, unit: int, first: int, shadows: Sequence[int]
 ) -> Extents:
     """Return the data extents of the units from ``first`` whose kinds by link are ``links``, sector by sector."""
     sector_size = chain[0].geometry.sector_size
     per_unit = unit // sector_size
     by_sector = []
-    for image, kinds in zip(chain, links, strict=True):
+    for image, kinds, shadow in zip(chain, links, shadows, strict=True):
         sectors = np.repeat(kinds, per_unit)
         for low, high in runs_of(kinds == PARTIAL).tolist():
             bits = _bits(image, (first + low) * per_unit, (first + high) * per_unit)
             sectors[low * per_unit : high * per_unit] = np.where(bits, np.uint8(DATA), np.uint8(CLEAR))
-        sectors[max(0, image.geometry.virtual_size // sector_size - first * per_unit) :] = CLEAR
+        size = image.geometry.virtual_size
+        edge, stop = size // sector_size - first * per_unit, -(-size // unit) * per_unit - first * per_unit
+        sectors[max(0, edge) : max(0, stop)] = ZERO if size < shadow else CLEAR
         by_sector.append(sectors)
     return (runs_of(combine(by_sector) == DATA) + first * per_unit) * sector_size
 

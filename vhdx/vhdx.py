@@ -161,7 +161,7 @@ class VhdxDisk:
         links: list[VhdxImage] = []
         for link in self.chain:
             if link is ancestor or (not isinstance(ancestor, VhdxDisk) and _same_path(link.path, Path(ancestor))):
-                return changed_extents(links, *self._bounds(start, end))
+                return changed_extents(links, *self._bounds(start, end), ancestor_size=link.size)
             links.append(link.image)
         name = ancestor.path if isinstance(ancestor, VhdxDisk) else ancestor
         raise ParentError(f"{name} is no parent of this disk", path=str(self.path))

@@ -52,8 +52,8 @@ class Block:
     """A payload block: its state, its bytes where it is present, and the sectors that are its own where partially."""
 
     state: PayloadState
-    data: bytes = b""
-    own_sectors: Sequence[bool] = ()
+    data: bytes = field(default=b"", repr=False)
+    own_sectors: Sequence[bool] = field(default=(), repr=False)
 
 
 @dataclass
@@ -67,7 +67,7 @@ class ImageBuilder:
     parent_values: tuple[tuple[str, str], ...] | None = None
     data_write_guid: UUID = field(default_factory=lambda: UUID(int=0xDA7A))
     log_guid: UUID = ZERO_GUID
-    log: bytes = b""
+    log: bytes = field(default=b"", repr=False)
     extra_items: tuple[tuple[MetadataEntry, bytes], ...] = ()
     extra_regions: tuple[RegionEntry, ...] = ()
 
