@@ -101,7 +101,7 @@ def test_no_manifest_names_what_could_not_be_stored(tmp_path: Path, pattern: str
     for skip in (0, 3, 7):  # the first, one among them, the last
         faulty = FaultyStore(lab.store, [Fault(FaultKind.ERROR, ("create",), pattern, skip=skip, limit=1)])
         recording = RecordingStore(faulty)
-        if skip and pattern == "*/maps/*":
+        if skip:  # other content, so that nothing stored before is of use
             lab.write(random_blocks(skip, 60))
         try:
             lab.replicate(recording)
