@@ -235,3 +235,20 @@ def test_changes_since_a_disk_that_is_no_ancestor_are_refused(tmp_path: Path) ->
         assert isinstance(disk, VhdxDisk)
         with pytest.raises(ParentError, match="no parent"):
             disk.changed_since(tmp_path / "elsewhere.vhdx")
+
+
+def test_a_link_smaller_than_its_parent_hides_the_rest_of_it_in_reads_and_maps(tmp_path: Path) -> None:
+    base = ImageBuilder(3 * MIB, data_write_guid=UUID(int=1))
+    base.blocks = {block: Block(PayloadState.FULLY_PRESENT, b"base" * (MIB // 4)) for block in range(3)}
+    base.write(tmp_path / "base.vhdx")
+    cut = MIB + 3 * 512
+    ImageBuilder(cut, data_write_guid=UUID(int=2), parent_values=parent_of(UUID(int=1), "base.vhdx")).write(
+        tmp_path / "middle.vhdx"
+    )
+    top = ImageBuilder(4 * MIB, parent_values=parent_of(UUID(int=2), "middle.vhdx"))
+    with open_vhdx(top.write(tmp_path / "top.vhdx")) as disk:
+        assert disk.read_at(0, 4 * MIB) == b"base" * (cut // 4) + bytes(4 * MIB - cut)
+        assert [extents.tolist() for extents in disk.allocated()] == [[[0, cut]]]
+        # What the base has past the middle's end is gone, so a copy of the base must be told of it.
+        assert [extents.tolist() for extents in disk.changed_since(tmp_path / "base.vhdx")] == [[[cut, 3 * MIB]]]
+        assert list(disk.changed_since(tmp_path / "middle.vhdx")) == []
