@@ -367,7 +367,7 @@ def test_130_a_first_replication_that_is_interrupted_is_taken_up_by_the_next(
     if process.returncode == 0:
         pytest.skip("the replication was over before it could be interrupted")
     assert process.returncode == code, err
-    assert "Traceback" not in err
+    assert "Traceback" not in err, err
     assert any(segments.rglob("*-*"))
     assert site.good("points", "big").out == ""
     done = site.good("replicate", "big", "--json").document
