@@ -22,9 +22,10 @@ from vhdx.errors import DiskError
 @click.option(
     "--all", "everything", is_flag=True, help="Replicate every protected VM of the store, one after the other."
 )
+@click.option("--rescan", is_flag=True, help="Compare all that the disks hold, whatever their files tell of changes.")
 @store_options
 @output_options
-def replicate(output: Output, name: str | None, everything: bool, *, session: Session) -> int | None:
+def replicate(output: Output, name: str | None, everything: bool, rescan: bool, *, session: Session) -> int | None:
     """Make a recovery point of the VM NAME as its disks are now.
 
     The first cycle reads all that the disks hold; later ones send only blocks that changed. A cycle that is
@@ -35,7 +36,7 @@ def replicate(output: Output, name: str | None, everything: bool, *, session: Se
         raise click.UsageError("name one VM, or say --all")
     store = session.store()
     if name:
-        point = _replicate(output, store, session, name)
+        point = _replicate(output, store, session, name, rescan)
         output.show(point_document(point), lambda: _render_cycle(output, point))
         return None
     catalog.read_store(store)
@@ -43,7 +44,7 @@ def replicate(output: Output, name: str | None, everything: bool, *, session: Se
     worst = 0
     for one in catalog.names(store, session.configuration.tenant):
         try:
-            point = _replicate(output, store, session, one)
+            point = _replicate(output, store, session, one, rescan)
             results.append(point_document(point))
             if not output.json:
                 _render_cycle(output, point)
@@ -57,10 +58,12 @@ def replicate(output: Output, name: str | None, everything: bool, *, session: Se
     return worst
 
 
-def _replicate(output: Output, store: Store, session: Session, name: str) -> Point:
+def _replicate(output: Output, store: Store, session: Session, name: str, rescan: bool) -> Point:
     found = session.vm(store, name)
     with output.progress(name) as progress:
-        return cycle.replicate(store, session.host, found, workers=session.configuration.workers, progress=progress)
+        return cycle.replicate(
+            store, session.host, found, workers=session.configuration.workers, progress=progress, rescan=rescan
+        )
 
 
 def _render_cycle(output: Output, point: Point) -> None:
@@ -91,6 +94,8 @@ def point_document(point: Point) -> dict[str, Any]:
                 "size_bytes": disk.size,
                 "data_bytes": disk.data_blocks * 65536,
                 "digest": str(disk.digest),
+                "found_by": disk.source.get("found_by"),
+                "because": disk.source.get("because"),
             }
             for disk in point.disks
         ],

@@ -21,9 +21,25 @@ from replica.pipeline import Uploads, ordered
 from replica.scan import Changes, Comparer, plan
 from replica.source import OpenDisk, OpenSource, open_for_reading, opened
 from replica.stores.store import Store
+from replica.tracking import SCAN, Found, changes_since, identity
 from replica.workers import Workers
-from vhdx.disk import Disk
+from vhdx.extents import total_length
 from vhdx.progress import Progress, silent
+
+
+@dataclass(frozen=True, slots=True)
+class _Tracked:
+    """A disk of the VM, what it was in the newest point, and how its changes are found."""
+
+    source: OpenSource
+    before: DiskRecord | None
+    found: Found
+
+    def bytes_to_read(self) -> int:
+        """Return how many bytes are to be compared, at most."""
+        disk = self.source.disk
+        extents = self.found.changed() if self.found.changed else disk.allocated()
+        return sum(total_length(part) for part in extents)
 
 
 @dataclass(slots=True)
@@ -44,16 +60,18 @@ def replicate(
     workers: Workers | None = None,
     progress: Progress = silent,
     open_disk: OpenDisk = open_for_reading,
+    rescan: bool = False,
 ) -> Point:
     """Make a recovery point of the VM as it is now, and return it.
 
+    ``rescan``: compare all that the disks hold by hash, whatever their files tell of what changed.
     Raises LeaseHeldError where another agent is at work, LeaseLostError where one took over, SourceError or DiskError
     where a disk cannot be read or changed meanwhile, StoreError. After an error nothing was published, and what was
     uploaded is used by the next cycle.
     """
     with lease.holding(store, found.keys, host) as held:
         cycle = _Cycle(store, host, found, held, workers or Workers(), progress)
-        return cycle.run(open_disk)
+        return cycle.run(open_disk, rescan=rescan)
 
 
 class _Cycle:
@@ -73,7 +91,7 @@ class _Cycle:
         self._number = held.point + 1
         self._totals = _Totals()
 
-    def run(self, open_disk: OpenDisk) -> Point:
+    def run(self, open_disk: OpenDisk, *, rescan: bool) -> Point:
         """Read, store, publish."""
         started, created_at = self._host.clock.monotonic(), self._host.clock.now()
         before = self._previous.maps if self._previous else ()
@@ -81,7 +99,8 @@ class _Cycle:
         maps = MapBuilder(map_store, self._found.vm.vm_id, self._number, self._held.epoch, before)
         with opened(self._settings, open_disk) as disks, self._uploads() as uploads:
             packer = Packer(self._store, self._found.keys, maps, uploads, point=self._number, epoch=self._held.epoch)
-            records = self._compare_all(disks, BlockMap(before, map_store.fetch), packer)
+            tracked = [self._track(one, rescan) for one in disks]
+            records = self._compare_all(tracked, BlockMap(before, map_store.fetch), packer)
             packer.finish()
             refs = maps.finish()
         point = Point(
@@ -120,13 +139,19 @@ class _Cycle:
             finally:
                 uploads.abandon()
 
-    def _compare_all(self, disks: list[OpenSource], known: BlockMap, packer: Packer) -> tuple[DiskRecord, ...]:
+    def _track(self, one: OpenSource, rescan: bool) -> _Tracked:
+        disks = self._previous.disks if self._previous else ()
+        before = next((disk for disk in disks if disk.number == one.source.number), None)
+        found = Found(SCAN, "asked for") if rescan else changes_since(one.disk, before)
+        return _Tracked(one, before, found)
+
+    def _compare_all(self, disks: list[_Tracked], known: BlockMap, packer: Packer) -> tuple[DiskRecord, ...]:
         comparer = Comparer(
             hash_seed=self._found.vm.hash_seed,
             compression_level=self._settings.compression_level,
             leftovers=self._leftovers(),
         )
-        total = sum(_extent_bytes(one.disk) for one in disks) if self._progress is not silent else 0
+        total = sum(one.bytes_to_read() for one in disks) if self._progress is not silent else 0
         with ThreadPoolExecutor(self._workers.threads, "compare") as pool:
             return tuple(self._compare(one, known, comparer, packer, pool, total) for one in disks)
 
@@ -137,19 +162,21 @@ class _Cycle:
 
     def _compare(
         self,
-        one: OpenSource,
+        tracked: _Tracked,
         known: BlockMap,
         comparer: Comparer,
         packer: Packer,
         pool: ThreadPoolExecutor,
         total_bytes: int,
     ) -> DiskRecord:
+        one, before = tracked.source, tracked.before
         number = one.source.number
-        digest, blocks = self._before(number)
+        digest = Digest(before.digest.first, before.digest.second) if before else Digest()
+        blocks = before.data_blocks if before else 0
         results = ordered(
             pool,
             comparer,
-            plan(one.disk, number, known),
+            plan(one.disk, number, known, tracked.found.changed),
             limit=self._workers.batches,
             tick=self._held.renew_if_due,
         )
@@ -170,21 +197,11 @@ class _Cycle:
             bus=one.source.bus,
             data_blocks=blocks,
             digest=digest,
-            source={"path": one.source.path},
+            source={**identity(one.disk), "found_by": tracked.found.kind, "because": tracked.found.why},
         )
-
-    def _before(self, disk_number: int) -> tuple[Digest, int]:
-        for disk in self._previous.disks if self._previous else ():
-            if disk.number == disk_number:
-                return Digest(disk.digest.first, disk.digest.second), disk.data_blocks
-        return Digest(), 0
 
     def _count(self, changes: Changes) -> None:
         self._totals.read_bytes += changes.read_bytes
         self._totals.changed_blocks += changes.added_blocks
         self._totals.zero_blocks += sum(map(len, changes.zeros))
         self._totals.reused_blocks += len(changes.found[0]) if changes.found else 0
-
-
-def _extent_bytes(disk: Disk) -> int:
-    return sum(int((extents[:, 1] - extents[:, 0]).sum()) for extents in disk.allocated())

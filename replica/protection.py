@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
@@ -12,11 +12,14 @@ from replica import catalog
 from replica.block import LARGEST_DISK_BYTES
 from replica.catalog import ProtectedVm
 from replica.errors import UsageError
+from replica.history import newest
 from replica.host import Host
-from replica.model import Machine, Nic, Settings, SourceDisk
+from replica.model import Machine, Nic, Point, Settings, SourceDisk
 from replica.source import OpenDisk, open_for_reading
 from replica.stores.store import Store
+from replica.tracking import FILES
 from vhdx.disk import Disk
+from vhdx.formats import chain_of
 
 SHORTEST_INTERVAL_SECONDS: Final = 10
 LEVELS: Final = range(-7, 20)
@@ -91,7 +94,8 @@ def update(
     )
     sources = None
     if disks:
-        sources = number_disks(before.sources, disks, next_number=before.next_disk_number)
+        related = lineage(before.sources, newest(store, found.keys), open_disk)
+        sources = number_disks(before.sources, disks, next_number=before.next_disk_number, lineage=related)
         look_at(sources, open_disk)
     return catalog.update_settings(
         store,
@@ -111,9 +115,16 @@ def _check(interval_seconds: int, compression_level: int) -> None:
         raise UsageError(f"compression level {compression_level} does not exist", hint="choose from -7 to 19")
 
 
-def number_disks(known: Iterable[SourceDisk], paths: Sequence[Path], *, next_number: int) -> tuple[SourceDisk, ...]:
-    """Return the disks with numbers: those known by path keep theirs, new ones get numbers from ``next_number`` on.
+def number_disks(
+    known: Iterable[SourceDisk],
+    paths: Sequence[Path],
+    *,
+    next_number: int,
+    lineage: Callable[[Path], SourceDisk | None] = lambda path: None,
+) -> tuple[SourceDisk, ...]:
+    """Return the disks with numbers: those known by path or lineage keep theirs, new ones count from ``next_number``.
 
+    ``lineage`` tells which known disk a file of another name is a later or earlier state of.
     Raises UsageError where a file is named twice, or in a way that no JSON can hold.
     """
     by_path = {one.path: one for one in known}
@@ -127,6 +138,10 @@ def number_disks(known: Iterable[SourceDisk], paths: Sequence[Path], *, next_num
             raise UsageError(f"{path} is named twice", hint="name each disk once")
         disk = by_path.get(str(path))
         if disk is None:
+            relative = lineage(path)
+            if relative is not None and all(one.number != relative.number for one in disks):
+                disk = replace(relative, path=str(path))
+        if disk is None:
             disk = SourceDisk(next_number, path.stem, str(path))
             next_number += 1
         while disk.name in names:
@@ -134,6 +149,29 @@ def number_disks(known: Iterable[SourceDisk], paths: Sequence[Path], *, next_num
         names.add(disk.name)
         disks.append(disk)
     return tuple(disks)
+
+
+def lineage(
+    known: Sequence[SourceDisk], newest_point: Point | None, open_disk: OpenDisk
+) -> Callable[[Path], SourceDisk | None]:
+    """Return what tells whether a file of a new name is a state of a known disk.
+
+    It is where the known file is a parent of it, as after a checkpoint; or else where it and the newest point of just
+    one known disk have a file in common, as after checkpoints were merged or reverted.
+    """
+    earlier = (
+        {disk.number: disk.source.get(FILES, "").split("\n") for disk in newest_point.disks} if newest_point else {}
+    )
+
+    def find(path: Path) -> SourceDisk | None:
+        with open_disk(path) as disk:
+            files = {str(one.absolute()) for one in chain_of(disk)}
+        above = [one for one in known if one.path in files]
+        beside = [one for one in known if files.intersection(earlier.get(one.number, ()))]
+        found = above or beside
+        return found[0] if len(found) == 1 else None
+
+    return find
 
 
 def look_at(sources: Iterable[SourceDisk], open_disk: OpenDisk) -> Literal[1, 2]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -24,7 +24,7 @@ from replica.blockmap import WINDOW_BLOCKS, BlockMap, Window
 from replica.leftovers import Leftovers
 from replica.maptable import Entries, SegmentTable
 from replica.segment import FrameCompressor, Frames
-from vhdx.disk import Disk
+from vhdx.disk import Disk, Extents
 
 BATCH_BLOCKS: Final = 64  # 4 MiB: what one task reads, hashes and compresses
 
@@ -66,13 +66,19 @@ class Changes:
     read_bytes: int = 0
 
 
-def plan(disk: Disk, disk_number: int, known: BlockMap) -> Iterator[Batch]:
+def plan(
+    disk: Disk, disk_number: int, known: BlockMap, changed: Callable[[], Iterator[Extents]] | None = None
+) -> Iterator[Batch]:
     """Yield the tasks that find everything in which ``disk`` differs from ``known``, in ascending order.
 
+    ``changed`` yields the only extents that may differ; without it all that the disk holds is compared.
     Memory: a window of the map laid out densely, about 1.1 MiB.
     """
     base = disk_base(disk_number)
-    held = _held_windows(disk)
+    if changed is not None:
+        yield from _plan_changed(disk, base, known, changed())
+        return
+    held = _windows_of(disk.allocated())
     mapped = known.windows(base, disk_base(disk_number + 1))
     next_held, next_mapped = next(held, None), next(mapped, None)
     while next_held is not None or next_mapped is not None:
@@ -88,10 +94,42 @@ def plan(disk: Disk, disk_number: int, known: BlockMap) -> Iterator[Batch]:
         yield from _window_batches(disk, base, number, ranges, window)
 
 
-def _held_windows(disk: Disk) -> Iterator[tuple[int, Ranges]]:
-    """Yield window numbers with the ranges of blocks in them that may hold data; ascending, ranges merged."""
+def _plan_changed(disk: Disk, base: int, known: BlockMap, changed: Iterator[Extents]) -> Iterator[Batch]:
+    for number, touched in _windows_of(changed):
+        first = number * WINDOW_BLOCKS
+        start, end = first * BLOCK_BYTES, min((first + WINDOW_BLOCKS) * BLOCK_BYTES, disk.size)
+        held = [ranges for _, ranges in _windows_of(disk.allocated(start, end))]
+        window = known.window(base + first, base + first + WINDOW_BLOCKS)
+        entries = window.entries.take(_within(window.entries.keys - np.uint64(base), touched))
+        inside = replace(window, entries=entries) if len(entries) else None
+        yield from _window_batches(disk, base, number, _common(held[0], touched) if held else [], inside)
+
+
+def _within(blocks: KeyArray, ranges: Ranges) -> npt.NDArray[np.bool_]:
+    """Tell which of the ascending ``blocks`` lie in one of ``ranges``."""
+    edges = np.array(ranges, np.uint64).reshape(-1)
+    return np.equal(np.searchsorted(edges, blocks, side="right") % 2, 1)
+
+
+def _common(first: Ranges, second: Ranges) -> Ranges:
+    """Return what two lists of ranges have in common."""
+    common: Ranges = []
+    one = other = 0
+    while one < len(first) and other < len(second):
+        start, end = max(first[one][0], second[other][0]), min(first[one][1], second[other][1])
+        if start < end:
+            common.append((start, end))
+        if first[one][1] < second[other][1]:
+            one += 1
+        else:
+            other += 1
+    return common
+
+
+def _windows_of(found: Iterator[Extents]) -> Iterator[tuple[int, Ranges]]:
+    """Yield window numbers with the ranges of blocks in them that the extents touch; ascending, ranges merged."""
     number, ranges = -1, Ranges()
-    for extents in disk.allocated():
+    for extents in found:
         starts = extents[:, 0] // BLOCK_BYTES
         ends = -(-extents[:, 1] // BLOCK_BYTES)
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
