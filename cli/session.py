@@ -60,7 +60,9 @@ def store_options(function: Function) -> Function:
     decorated: Any = wrapped
     decorated.__click_params__ = getattr(function, "__click_params__", [])
     for option in (
-        click.option("--config", type=click.Path(path_type=Path, readable=False), metavar="FILE", help="The configuration file."),
+        click.option(
+            "--config", type=click.Path(path_type=Path, readable=False), metavar="FILE", help="The configuration file."
+        ),
         click.option("--tenant", metavar="NAME", help="The tenant in the store.  [default: default]"),
         click.option("--store", metavar="URL", help="The store: file:///folder or s3://bucket/prefix."),
     ):
