@@ -96,8 +96,15 @@ class _Cycle:
         started, created_at = self._host.clock.monotonic(), self._host.clock.now()
         before = self._previous.maps if self._previous else ()
         map_store = MapStore(self._store, self._found.keys, map_cache(self._host))
-        maps = MapBuilder(map_store, self._found.vm.vm_id, self._number, self._held.epoch, before)
         with opened(self._settings, open_disk) as disks, self._uploads() as uploads:
+            maps = MapBuilder(
+                map_store,
+                self._found.vm.vm_id,
+                self._number,
+                self._held.epoch,
+                before,
+                before_write=uploads.drain,
+            )
             packer = Packer(self._store, self._found.keys, maps, uploads, point=self._number, epoch=self._held.epoch)
             tracked = [self._track(one, rescan) for one in disks]
             records = self._compare_all(tracked, BlockMap(before, map_store.fetch), packer)

@@ -43,12 +43,19 @@ def _taken(store: Store, keys: VmKeys, number: int) -> bool:
     return True
 
 
-def point_at_or_before(store: Store, keys: VmKeys, number: int) -> Point | None:
-    """Return the newest point that is not newer than ``number``, skipping fences; None where there is none."""
+def point_at_or_before(store: Store, keys: VmKeys, number: int, *, damaged_too: bool = True) -> Point | None:
+    """Return the newest point that is not newer than ``number``, skipping fences; None where there is none.
+
+    Raises IntegrityError where its manifest is damaged, or steps over it without ``damaged_too``.
+    """
     while number > 0:
         try:
             found = read(store, keys, number)
         except ObjectMissingError:  # pruned
+            found = None
+        except IntegrityError:
+            if damaged_too:
+                raise
             found = None
         if isinstance(found, Point):
             return found
@@ -115,7 +122,8 @@ def begin(store: Store, keys: VmKeys, host: Host, lease: Lease) -> Point | None:
     if lease.was_held:
         number = _fence(store, keys, host, lease, number + 1)
     lease.advance(number)
-    previous = point_at_or_before(store, keys, number)
+    # A damaged manifest must not end replication: an older point is as good to compare with, and heals the history.
+    previous = point_at_or_before(store, keys, number, damaged_too=False)
     if previous is not None and previous.epoch > lease.epoch:
         raise LeaseLostError(f"point {previous.point} was published under a later epoch", key=keys.lease)
     return previous

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import xxhash
@@ -86,9 +86,20 @@ class MapBuilder:
     """Builds the maps of a new point: collects the cycle's entries, merges them with older maps by level, writes.
 
     The first part stays in memory until there is a second, so that a small change costs one object, merged or not.
+    ``before_write`` returns once all that entries refer to is stored: it is called before each write.
     """
 
-    def __init__(self, maps: MapStore, vm_id: str, point: int, epoch: int, before: tuple[MapRef, ...]) -> None:
+    def __init__(
+        self,
+        maps: MapStore,
+        vm_id: str,
+        point: int,
+        epoch: int,
+        before: tuple[MapRef, ...],
+        *,
+        before_write: Callable[[], None],
+    ) -> None:
+        self._before_write = before_write
         self._maps = maps
         self._vm_id = vm_id
         self._point = point
@@ -106,9 +117,9 @@ class MapBuilder:
     def _add(self, part: EncodedPart) -> None:
         if self._parts:
             if self._held is not None:
-                self._maps.write(self._held)
+                self._write(self._held)
                 self._held = None
-            self._maps.write(part)
+            self._write(part)
         else:
             self._held = part
         self._parts.append(_reference(part))
@@ -123,15 +134,19 @@ class MapBuilder:
         kept, level = plan_merge([one.level for one in self._before], own.level)
         if kept == len(self._before):
             if self._held is not None:
-                self._maps.write(self._held)
+                self._write(self._held)
             return (*self._before, own)
         merged = BlockMap([*self._before[kept:], own], self._fetch)
         writer = MapWriter(self._vm_id, self._point, self._epoch, first_ordinal=len(self._parts))
         refs = []
         for part in merge_into(writer, merged, keep_zeros=kept > 0):
-            self._maps.write(part)
+            self._write(part)
             refs.append(_reference(part))
         return (*self._before[:kept], MapRef(level, tuple(refs))) if refs else self._before[:kept]
+
+    def _write(self, part: EncodedPart) -> None:
+        self._before_write()
+        self._maps.write(part)
 
     def _fetch(self, ref: MapPartRef) -> MapPart:
         held = self._held

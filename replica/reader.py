@@ -21,7 +21,6 @@ from replica.segment import CODEC_RAW, CODEC_ZSTD
 from replica.stores.store import Store
 
 FETCH_BLOCKS: Final = 64  # at most 4 MiB decompressed
-FETCH_BYTES: Final = 4 << 20
 FETCH_GAP_BYTES: Final = 64 << 10  # what is fetched in vain rather than asked for apart
 BLOCK_MASK: Final = (1 << BLOCK_BITS) - 1
 
