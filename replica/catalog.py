@@ -74,6 +74,7 @@ def protect(
     sources: tuple[SourceDisk, ...],
     interval_seconds: int,
     compression_level: int,
+    retention: str | None = None,
 ) -> ProtectedVm:
     """Begin to protect a VM. It exists once its name object does, which is written last.
 
@@ -90,7 +91,7 @@ def protect(
     vm = Vm(host.randomness.new_id(), name, now, host.randomness.seed())
     vm_keys = VmKeys(tenant, vm.vm_id)
     next_disk_number = max((one.number for one in sources), default=-1) + 1
-    settings = Settings(1, machine, sources, next_disk_number, interval_seconds, compression_level)
+    settings = Settings(1, machine, sources, next_disk_number, interval_seconds, compression_level, retention)
     store.create(vm_keys.vm, _encode_vm(vm))
     store.create(vm_keys.settings(1), encode_settings(settings))
     store.create(vm_keys.lease, lease.encode(LeaseRecord(0, False, None, now, now, 0, 1, False)))
@@ -112,6 +113,7 @@ def update_settings(
     sources: tuple[SourceDisk, ...] | None = None,
     interval_seconds: int | None = None,
     compression_level: int | None = None,
+    retention: str | None = None,
 ) -> Settings:
     """Write a new version of the settings with what is given changed, and put it in force. Raises LeaseHeldError."""
     with lease.holding(store, found.keys, host) as held:
@@ -126,6 +128,7 @@ def update_settings(
             next_disk_number=max([before.next_disk_number, *(one.number + 1 for one in sources or ())]),
             interval_seconds=interval_seconds or before.interval_seconds,
             compression_level=before.compression_level if compression_level is None else compression_level,
+            retention=retention or before.retention,
         )
         while True:
             try:
@@ -182,6 +185,8 @@ def read_settings(store: Store, vm_keys: VmKeys, version: int) -> Settings:
         next_disk_number=body.integer("next_disk_number", most=LARGEST_DISK_NUMBER + 1),
         interval_seconds=body.integer("interval_seconds", least=1),
         compression_level=body.integer("compression_level", least=-100, most=22),
+        # Not parsed here: a term that only a later version knows must not keep this one from replicating.
+        retention=body.optional_text("retention"),
     )
 
 
@@ -198,6 +203,7 @@ def encode_settings(settings: Settings) -> bytes:
             "next_disk_number": settings.next_disk_number,
             "interval_seconds": settings.interval_seconds,
             "compression_level": settings.compression_level,
+            **({} if settings.retention is None else {"retention": settings.retention}),
         },
     )
 

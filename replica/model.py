@@ -63,6 +63,7 @@ class Settings:
     next_disk_number: int
     interval_seconds: int = 300
     compression_level: int = 1
+    retention: str | None = None  # the rule as text; None is the default
 
 
 @dataclass(frozen=True, slots=True)

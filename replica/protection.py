@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from conversion.gpt import is_uefi_boot_disk
-from replica import catalog
+from replica import catalog, retention
 from replica.block import LARGEST_DISK_BYTES
 from replica.catalog import ProtectedVm
 from replica.errors import UsageError
@@ -46,15 +46,18 @@ def protect(
     wishes: MachineWishes = MachineWishes(),
     interval_seconds: int = 300,
     compression_level: int = 1,
+    keep: str | None = None,
     open_disk: OpenDisk = open_for_reading,
 ) -> tuple[ProtectedVm, Settings]:
     """Begin to protect the VM whose disks these files are, the boot disk first. Nothing is copied yet.
 
+    ``keep`` is the retention rule, None for the default.
     Raises UsageError for contradictions and a name that is taken, DiskError for a file that is no disk.
     """
     if not disks:
         raise UsageError("a VM needs at least one disk", hint="name it with --disk PATH")
     _check(interval_seconds, compression_level)
+    rule = _rule(keep)
     catalog.read_store(store)
     sources = number_disks((), disks, next_number=0)
     generation = look_at(sources, open_disk)
@@ -68,6 +71,7 @@ def protect(
         sources=sources,
         interval_seconds=interval_seconds,
         compression_level=compression_level,
+        retention=rule,
     )
     return found, catalog.settings_in_force(store, found)
 
@@ -81,6 +85,7 @@ def update(
     wishes: MachineWishes = MachineWishes(),
     interval_seconds: int | None = None,
     compression_level: int | None = None,
+    keep: str | None = None,
     open_disk: OpenDisk = open_for_reading,
 ) -> Settings:
     """Change how a VM is protected. ``disks``, where given, are all its disks from now on; history stays.
@@ -92,6 +97,7 @@ def update(
         interval_seconds or before.interval_seconds,
         before.compression_level if compression_level is None else compression_level,
     )
+    rule = _rule(keep)
     sources = None
     if disks:
         related = lineage(before.sources, newest(store, found.keys), open_disk)
@@ -105,7 +111,13 @@ def update(
         sources=sources,
         interval_seconds=interval_seconds,
         compression_level=compression_level,
+        retention=rule,
     )
+
+
+def _rule(keep: str | None) -> str | None:
+    """Return a retention rule in its usual form. Raises UsageError."""
+    return None if keep is None else str(retention.parse(keep))
 
 
 def _check(interval_seconds: int, compression_level: int) -> None:
