@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from cli import failure
 from cli.lazy import LazyCommand, LazyGroup
 from cli.output import Output
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 # Every command, in the order in which the help lists them.
 COMMANDS: dict[str, LazyCommand] = {
@@ -69,15 +75,33 @@ def _interrupt(_: int, __: object) -> None:
     raise KeyboardInterrupt
 
 
+def _deliver_again(unraisable: UnraisableHookArgs) -> None:
+    """Ask again for an interruption that came where Python can raise nothing, in a finaliser or a callback.
+
+    Python's own hook would print a traceback there and forget about it, and the command would run on.
+    """
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        # Not at once: this very call is one of the places where nothing can be raised.
+        again = threading.Timer(0.02, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def main() -> None:
     """Run the command line of this process."""
     # Being asked to end is handled as Ctrl-C is: what is half done is thrown away, no temporary file stays.
     signal.signal(signal.SIGTERM, _interrupt)
+    sys.unraisablehook = _deliver_again
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:  # a name that the terminal cannot show is written escaped, not refused
             reconfigure(errors="backslashreplace")
     code = run(sys.argv[1:])
+    # The work is done and its exit code stands: from here on an interruption would only spoil the answer.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         sys.stderr.flush()
     except OSError:
