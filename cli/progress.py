@@ -6,6 +6,8 @@ import json
 import time
 from typing import TYPE_CHECKING, Protocol, Self
 
+from cli.sizes import human_size
+
 if TYPE_CHECKING:
     from cli.output import Output
 
@@ -105,10 +107,19 @@ class BarReport:
             BarColumn,
             DownloadColumn,
             Progress,
+            ProgressColumn,
+            Task,
             TextColumn,
             TimeRemainingColumn,
-            TransferSpeedColumn,
         )
+        from rich.text import Text  # noqa: PLC0415
+
+        class Rate(ProgressColumn):
+            """The rate in the binary units that everything else is shown in."""
+
+            def render(self, task: Task) -> Text:
+                speed = task.finished_speed or task.speed
+                return Text(f"{human_size(int(speed))}/s" if speed else "")
 
         self._title = title
         self._phase: str | None = None
@@ -117,7 +128,7 @@ class BarReport:
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
+            Rate(),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=output.console(output.stderr),
             refresh_per_second=10,
