@@ -16,8 +16,8 @@ LONGEST_SPAN: Final = timedelta(days=36_500)
 LARGEST_JUMP: Final = timedelta(days=1)  # a clock set back by no more than this costs no recent point
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-_SPAN: Final = re.compile(r"(\d{1,12})([smhdw])")
-_COUNT: Final = re.compile(r"\d{1,12}")
+_SPAN: Final = re.compile(r"([0-9]{1,12})([smhdw])")
+_COUNT: Final = re.compile(r"[0-9]{1,12}")
 
 # Which period a moment lies in. Weeks begin on Monday; all periods are those of UTC.
 PERIODS: Final[Mapping[str, Callable[[datetime], int]]] = {
