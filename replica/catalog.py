@@ -21,6 +21,7 @@ from replica.keys import VmKeys
 from replica.lease import LeaseRecord
 from replica.model import Machine, Point, Settings, SourceDisk, Vm
 from replica.stores.store import Store
+from replica.vault import Vault
 
 DEFAULT_TENANT: Final = "default"
 
@@ -75,10 +76,12 @@ def protect(
     interval_seconds: int,
     compression_level: int,
     retention: str | None = None,
+    vault: Vault | None = None,
 ) -> ProtectedVm:
     """Begin to protect a VM. It exists once its name object does, which is written last.
 
-    Raises UsageError if the name is taken.
+    ``vault`` is what stands before ``store`` where the VM is to be encrypted, None where it is not.
+    Raises UsageError if the name is taken, TenantKeyError.
     """
     name_key = keys.name(tenant, name)
     taken = UsageError(
@@ -92,7 +95,10 @@ def protect(
     vm_keys = VmKeys(tenant, vm.vm_id)
     next_disk_number = max((one.number for one in sources), default=-1) + 1
     settings = Settings(1, machine, sources, next_disk_number, interval_seconds, compression_level, retention)
+    if vault is not None:
+        vault.admit(store, vm_keys)
     store.create(vm_keys.vm, _encode_vm(vm))
+    assert vault is None or vault.is_encrypted(vm_keys), "the vault does not stand before the store"
     store.create(vm_keys.settings(1), encode_settings(settings))
     store.create(vm_keys.lease, lease.encode(LeaseRecord(0, False, None, now, now, 0, 1, False)))
     try:
@@ -154,7 +160,10 @@ def find(store: Store, tenant: str, name: str) -> ProtectedVm:
     if body.text("name") != name:
         raise IntegrityError("the name in the object is not the one of its key: objects were mixed up", key=key)
     vm_keys = VmKeys(tenant, body.hexadecimal("vm_id", digits=32))
-    return ProtectedVm(vm_keys, _read_vm(store, vm_keys))
+    vm = _read_vm(store, vm_keys)
+    if vm.name != name:
+        raise IntegrityError(f"the name leads to the VM {vm.name!r:.200}: objects were mixed up", key=key)
+    return ProtectedVm(vm_keys, vm)
 
 
 def names(store: Store, tenant: str) -> Iterator[str]:

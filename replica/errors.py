@@ -85,6 +85,12 @@ class IntegrityError(GodwitError):
     exit_code = 12
 
 
+class TenantKeyError(GodwitError):
+    """The tenant's key was not given, or what was given does not open it. Nothing was written."""
+
+    exit_code = 13
+
+
 class FormatVersionError(GodwitError):
     """An object was written by a later version than this one understands."""
 

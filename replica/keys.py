@@ -16,6 +16,7 @@ LARGEST_ORDINAL = 10**6 - 1
 
 _TENANT = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _VM_ID = re.compile(r"[0-9a-f]{32}")
+_OF_VM = re.compile(r"tenants/([a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)/vms/([0-9a-f]{32})/.+")
 _PART = re.compile(r".*/(\d{20})/(\d{10})-(\d{6})")
 
 
@@ -65,6 +66,16 @@ def name(tenant: str, vm_name: str) -> str:
 def name_of(key: str) -> str:
     """Return the VM's name that a name object's key spells."""
     return unquote(key.rsplit("/", 1)[-1].removesuffix(".json"))
+
+
+def tenant_keys(tenant: str) -> str:
+    """Return the prefix of the tenant's encryption keys."""
+    return f"tenants/{check_tenant(tenant)}/keys/"
+
+
+def tenant_key(tenant: str, number: int) -> str:
+    """Return the key of the object that holds one version of the tenant's encryption key, wrapped."""
+    return f"{tenant_keys(tenant)}{number:020}.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +134,12 @@ class VmKeys:
     def segment(self, part: PartId) -> str:
         """A segment."""
         return f"{self.segments}{_part(part)}"
+
+
+def vm_of(key: str) -> VmKeys | None:
+    """Return the keys of the VM that the object belongs to, or None where it belongs to none."""
+    match = _OF_VM.fullmatch(key)
+    return VmKeys(match[1], match[2]) if match else None
 
 
 def _part(part: PartId) -> str:

@@ -17,6 +17,7 @@ from replica.host import Host
 from replica.model import Machine, Nic, Point, Settings, SourceDisk
 from replica.source import OpenDisk, open_for_reading
 from replica.stores.store import Store
+from replica.vault import Vault
 from replica.tracking import FILES
 from vhdx.disk import Disk
 from vhdx.formats import chain_of
@@ -47,10 +48,12 @@ def protect(
     interval_seconds: int = 300,
     compression_level: int = 1,
     keep: str | None = None,
+    vault: Vault | None = None,
     open_disk: OpenDisk = open_for_reading,
 ) -> tuple[ProtectedVm, Settings]:
     """Begin to protect the VM whose disks these files are, the boot disk first. Nothing is copied yet.
 
+    With ``vault``, the one that stands before ``store``, the VM is encrypted; raises TenantKeyError then.
     ``keep`` is the retention rule, None for the default.
     Raises UsageError for contradictions and a name that is taken, DiskError for a file that is no disk.
     """
@@ -72,6 +75,7 @@ def protect(
         interval_seconds=interval_seconds,
         compression_level=compression_level,
         retention=rule,
+        vault=vault,
     )
     return found, catalog.settings_in_force(store, found)
 

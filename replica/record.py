@@ -19,14 +19,17 @@ LARGEST_RECORD_BYTES = 64 << 20
 Body: TypeAlias = Mapping[str, Any]
 
 
-def encode(kind: str, body: Body) -> bytes:
+def encode(kind: str, body: Body, *, suite: int = SUITE_NONE) -> bytes:
     """Return the object that holds ``body``, which must be JSON as it is."""
-    inner = _canonical(body)
-    return _canonical({"body": body, "checksum": _checksum(inner), "format": FORMAT, "kind": kind, "suite": SUITE_NONE})
+    inner = canonical(body)
+    return canonical({"body": body, "checksum": _checksum(inner), "format": FORMAT, "kind": kind, "suite": suite})
 
 
-def decode(kind: str, data: bytes, *, key: str) -> Fields:
-    """Return the body of the object. ``key`` names it in errors. Raises IntegrityError, FormatVersionError."""
+def decode(kind: str, data: bytes, *, key: str, suite: int = SUITE_NONE) -> Fields:
+    """Return the body of the object. ``key`` names it in errors. Raises IntegrityError, FormatVersionError.
+
+    An object of another encryption suite than ``suite`` is refused.
+    """
     if len(data) > LARGEST_RECORD_BYTES:
         raise IntegrityError("the object is too large to be what it should be", key=key)
     try:
@@ -36,13 +39,13 @@ def decode(kind: str, data: bytes, *, key: str) -> Fields:
     if not isinstance(outer, dict):
         raise IntegrityError("the object is not a Godwit record", key=key)
     fields = Fields(outer, key)
-    check_version(fields.integer("format"), fields.integer("suite"), key=key)
+    check_version(fields.integer("format"), fields.integer("suite"), key=key, expected=suite)
     if fields.text("kind") != kind:
         found = f"{fields.text('kind')!r:.60}"
         raise IntegrityError(f"the object is a {found} record where a {kind!r} was expected", key=key)
     body = fields.fields("body")
     try:
-        checksum = _checksum(_canonical(body.values))
+        checksum = _checksum(canonical(body.values))
     except (ValueError, RecursionError) as error:  # lone surrogates, which JSON can spell; nesting beyond all sense
         raise IntegrityError("the object cannot be what Godwit wrote: it is damaged", key=key) from error
     if checksum != fields.text("checksum"):
@@ -50,13 +53,13 @@ def decode(kind: str, data: bytes, *, key: str) -> Fields:
     return body
 
 
-def check_version(version: int, suite: int, *, key: str) -> None:
-    """Raise FormatVersionError for an object of a later format or an unknown encryption suite."""
+def check_version(version: int, suite: int, *, key: str, expected: int = SUITE_NONE) -> None:
+    """Raise FormatVersionError for an object of a later format or another encryption suite than expected."""
     if version > FORMAT or version < 1:
         raise FormatVersionError(
             f"the object has format {version}, this godwit reads up to {FORMAT}", key=key, hint="use a newer godwit"
         )
-    if suite != SUITE_NONE:
+    if suite != expected:
         raise FormatVersionError(
             f"the object is encrypted by suite {suite}, which this godwit does not know",
             key=key,
@@ -64,7 +67,8 @@ def check_version(version: int, suite: int, *, key: str) -> None:
         )
 
 
-def _canonical(value: Body) -> bytes:
+def canonical(value: Body) -> bytes:
+    """Return the one form of JSON that objects are written in."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 

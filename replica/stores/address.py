@@ -34,6 +34,7 @@ def open_store(
     create: bool = False,
     workers: int = 8,
     patience: Patience | None = None,
+    around: Callable[[Store], Store] | None = None,
     **injected: Callable[..., Any],
 ) -> ResilientStore:
     """Open the store at ``url``, with retries around it.
@@ -41,10 +42,12 @@ def open_store(
     ``file:///folder`` or a path: the folder must hold a store; with ``create`` it is made one. ``s3://bucket/prefix``
     with ``endpoint``, ``region``, ``path_style`` (1 or 0), ``profile``, ``checksum`` (crc32c or md5) and ``listing``
     (flat or folders) after a question mark; the bucket must exist, and nothing is asked of it yet. ``memory:NAME``,
-    for tests, is the same store each time in one process. ``workers`` is how many threads will use it; ``injected``
-    goes to ResilientStore (sleep, clock, chance). Raises ConfigurationError, NoStoreError and other StoreErrors.
+    for tests, is the same store each time in one process. ``workers`` is how many threads will use it; ``around`` puts
+    a store of its own around the bare one, below the retries; ``injected`` goes to ResilientStore (sleep, clock,
+    chance). Raises ConfigurationError, NoStoreError and other StoreErrors.
     """
-    return ResilientStore(_open_bare(url, create=create, workers=workers), patience, **injected)
+    bare = _open_bare(url, create=create, workers=workers)
+    return ResilientStore(around(bare) if around else bare, patience, **injected)
 
 
 def _open_bare(url: str, *, create: bool, workers: int) -> Store:
