@@ -148,7 +148,11 @@ class Lease:
     def renew_if_due(self) -> None:
         """Prolong the term if a good part of it has passed; cheap to call often. Raises LeaseLostError."""
         if self._host.clock.monotonic() - self._renewed >= RENEW_AFTER_SECONDS:
-            self._write(replace(self._state, expires_at=self._host.clock.now() + TERM))
+            self.check()
+
+    def check(self) -> None:
+        """Prove that the lease is still held, and prolong it. Raises LeaseLostError."""
+        self._write(replace(self._state, expires_at=self._host.clock.now() + TERM))
 
     def advance(self, point: int) -> None:
         """Note that ``point`` is taken; written with the next renewal or the release."""

@@ -1,0 +1,132 @@
+"""Pruning: takes the points that the retention rule does not keep out of a VM's history (docs/ordering.md)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Final
+
+from replica import catalog, history, lease, pins, retention
+from replica.catalog import ProtectedVm
+from replica.errors import ObjectExistsError, ObjectMissingError
+from replica.host import Host
+from replica.keys import VmKeys
+from replica.lease import Lease
+from replica.model import Point
+from replica.retention import Rule
+from replica.stores.store import Store
+
+BATCH_POINTS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PointTime:
+    """A point by its number, and when its instant was taken."""
+
+    point: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A manifest that cannot be read. It is left as it is."""
+
+    key: str | None
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """What pruning did, or would do: points oldest first."""
+
+    rule: str
+    removed: tuple[PointTime, ...]
+    kept: tuple[PointTime, ...]
+    pinned: tuple[int, ...]  # those of the kept points that are pinned
+    unreadable: tuple[Unreadable, ...]
+
+
+def plan(store: Store, found: ProtectedVm, *, rule: Rule | None = None) -> Pruning:
+    """Return what pruning would do now, changing nothing. ``rule`` stands in for the one of the VM's settings."""
+    chosen = rule or retention.parse(catalog.settings_in_force(store, found).retention or retention.DEFAULT_TEXT)
+    state, _ = lease.read(store, found.keys)
+    number = history.newest_number(store, found.keys, state.point)
+    newest = history.point_at_or_before(store, found.keys, number, damaged_too=False)
+    return _plan(store, found.keys, chosen, newest)
+
+
+def prune(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = None) -> Pruning:
+    """Delete the manifests of the points that are not kept, oldest first; return what was done.
+
+    The newest point that can be read, pinned ones, and manifests that cannot be read stay; so do fences, which hold
+    their numbers for good. What the points referred to is left to garbage collection. Cut off at any instant, every
+    point that is still listed restores, and the next run goes on.
+    Raises LeaseHeldError where another agent is at work, LeaseLostError where one took over, StoreError.
+    """
+    with lease.holding(store, found.keys, host) as held:
+        newest = history.begin(store, found.keys, host, held)
+        settings = catalog.read_settings(store, found.keys, held.settings_version)
+        chosen = rule or retention.parse(settings.retention or retention.DEFAULT_TEXT)
+        planned = _plan(store, found.keys, chosen, newest)
+        removed = frozenset(_remove_all(store, found.keys, held, planned.removed))
+    # A point that was pinned since the plan was made has stayed.
+    stayed = tuple(one for one in planned.removed if one not in removed)
+    return replace(
+        planned,
+        removed=tuple(one for one in planned.removed if one in removed),
+        kept=tuple(sorted((*planned.kept, *stayed), key=lambda one: one.point)),
+        pinned=tuple(sorted((*planned.pinned, *(one.point for one in stayed)))),
+    )
+
+
+def _plan(store: Store, keys: VmKeys, rule: Rule, newest: Point | None) -> Pruning:
+    # A store whose listing lags may not show the newest point yet: it is known, and counts.
+    times = {} if newest is None else {newest.point: newest.created_at}
+    unreadable = []
+    for one in history.points(store, keys):
+        if isinstance(one, Point):
+            times[one.point] = one.created_at
+        else:
+            unreadable.append(Unreadable(one.key, str(one)))
+    pinned = pins.numbers(store, keys)
+    kept = retention.keep(rule, times, pinned)
+    ordered = [PointTime(number, times[number]) for number in sorted(times)]
+    return Pruning(
+        rule=str(rule),
+        removed=tuple(one for one in ordered if one.point not in kept),
+        kept=tuple(one for one in ordered if one.point in kept),
+        pinned=tuple(sorted(pinned & kept)),
+        unreadable=tuple(unreadable),
+    )
+
+
+def _remove_all(store: Store, keys: VmKeys, held: Lease, doomed: tuple[PointTime, ...]) -> Iterator[PointTime]:
+    for start in range(0, len(doomed), BATCH_POINTS):
+        batch = doomed[start : start + BATCH_POINTS]
+        yield from _remove(store, keys, held, batch)
+
+
+def _remove(store: Store, keys: VmKeys, held: Lease, batch: tuple[PointTime, ...]) -> list[PointTime]:
+    """Delete the manifests of those that are not pinned by now; return which they were."""
+    pinned = pins.numbers(store, keys)
+    held.check()
+    removed: dict[PointTime, bytes] = {}
+    for one in batch:
+        if one.point in pinned:
+            continue
+        key = keys.manifest(one.point)
+        try:
+            removed[one] = store.get(key)
+        except ObjectMissingError:
+            continue
+        store.delete(key)
+    # Pinning writes the pin and then looks for the manifest; here it is the other way round, so that one of the two
+    # sees the other. What was deleted while it was being pinned is put back: all that it refers to is still there.
+    pinned_meanwhile = pins.numbers(store, keys)
+    for one in [one for one in removed if one.point in pinned_meanwhile]:
+        with contextlib.suppress(ObjectExistsError):
+            store.create(keys.manifest(one.point), removed[one])
+        del removed[one]
+    return list(removed)
