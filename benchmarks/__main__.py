@@ -13,18 +13,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import extraction, memory, replication
+from benchmarks import extraction, memory, peers, replication
 
 
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("what", nargs="*", default=["replication", "maps", "memory"], help="replication, maps, memory")
+    parser.add_argument(
+        "what",
+        nargs="*",
+        default=["replication", "maps", "memory"],
+        help="replication, maps, memory; peers and peers-s3 besides, if named (see benchmarks/peers.py)",
+    )
     parser.add_argument(
         "--folder", type=Path, help="where images and stores go  [a memory file system, if there is room]"
     )
     parser.add_argument("--size", type=int, default=2048, metavar="MIB", help="size of the image  [2048]")
     parser.add_argument("--runs", type=int, default=5, help="how often each is measured  [5]")
+    parser.add_argument("--tools", type=Path, metavar="FOLDER", help="where peers that are Python programs have a venv")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="godwit-bench-", dir=options.folder or _roomy(options.size)))
@@ -39,6 +45,12 @@ def main() -> None:
             results["maps"] = _show_maps(extraction.run(folder, runs=options.runs))
         if "memory" in options.what:
             results["memory"] = _show_memory(memory.run(folder))
+        for what, measure in (("peers", peers.run), ("peers-s3", peers.run_s3)):
+            if what in options.what:
+                found = measure(folder, size_mib=options.size, runs=options.runs, tools=options.tools)
+                if found is not None:
+                    results[what] = found
+                    peers.show(what, found)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if options.json:
