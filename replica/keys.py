@@ -118,9 +118,32 @@ class VmKeys:
         """The manifest of a point number."""
         return f"{self.manifests}{point:020}.json"
 
+    @property
+    def pins(self) -> str:
+        """The prefix of all pins."""
+        return f"{self.prefix}pins/"
+
+    def pin(self, point: int) -> str:
+        """What keeps a recovery point whatever the retention rule says."""
+        return f"{self.pins}{point:020}.json"
+
+    @property
+    def condemned(self) -> str:
+        """The prefix of the lists of objects that are to be deleted."""
+        return f"{self.prefix}condemned/"
+
+    def condemned_list(self, number: int) -> str:
+        """One list of objects that are to be deleted."""
+        return f"{self.condemned}{number:020}.json"
+
+    @property
+    def maps(self) -> str:
+        """The prefix of all map parts."""
+        return f"{self.prefix}maps/"
+
     def map_part(self, part: PartId) -> str:
         """A map part."""
-        return f"{self.prefix}maps/{_part(part)}"
+        return f"{self.maps}{_part(part)}"
 
     @property
     def segments(self) -> str:
@@ -153,6 +176,6 @@ def part_of(key: str) -> PartId | None:
 
 
 def point_of(key: str) -> int | None:
-    """Return the point number of a manifest's key, or None where the key is of another kind."""
+    """Return the number in a manifest's, pin's or condemned list's key, or None where the key is of another kind."""
     stem = key.rsplit("/", 1)[-1].removesuffix(".json")
     return int(stem) if len(stem) == 20 and stem.isdigit() else None
