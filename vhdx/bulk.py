@@ -86,18 +86,20 @@ class BulkDisk:
         """Allocate the blocks that the extents touch, in ascending order, so that threads may write there at once.
 
         ``extents`` is shaped (n, 2), half-open byte ranges, sorted. What is prepared and then not written reads as
-        zeros. Call it as often as wanted, from one thread at a time; other threads may go on writing to ranges that
-        were prepared before, since a block that has a place keeps it and the file only grows.
+        zeros. Call it as often as wanted, from any thread; others may go on writing to ranges that were prepared
+        before, since a block that has a place keeps it and the file only grows.
         """
         if len(extents) and (int(extents.min()) < 0 or int(extents[:, 1].max()) > self._size):
             raise OutOfRangeError(f"extents reach outside the disk of {self._size} bytes", path=str(self._path))
         if self._fixed:
             return
         with self._allocating:
+            before = self._end
             for start, end in extents.tolist():
                 if start < end:
                     self._allocate(start // self._block_size, (end - 1) // self._block_size + 1)
-            self._file.truncate(self._end)
+            if self._end > before:
+                self._file.truncate(self._end)
 
     def _allocate(self, first: int, last: int) -> None:
         """Give the blocks of [first, last) that have none a place at the file's end."""

@@ -236,7 +236,7 @@ def _punch_zeros(disk: RawDisk, progress: Progress) -> int:
                 length = min(CHUNK_BYTES, disk.size - position)
                 last = 0
                 runs = nonzero_runs(memoryview(disk.read_at(position, length)))
-                for first, next_last in [*runs, (length, length)]:
+                for first, next_last in [*runs.tolist(), (length, length)]:
                     if first > last:
                         disk.trim(position + last, first - last)
                         released += -(-(first - last) // GRANULE_BYTES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,11 +10,12 @@ import numpy as np
 
 from vhdx.disk import Disk, Extents
 from vhdx.extents import EMPTY, merged, runs_of
+from vhdx.pieces import Buffers, worked
 from vhdx.progress import Progress, silent
 
 SECTOR_SIZE: Final = 512  # what differences are told in, whatever sectors the disks have
 WINDOW_BYTES: Final = 64 << 30  # extents are collected for so much of the disks at a time
-CHUNK_BYTES: Final = 4 << 20  # and read in pieces of this size
+CHUNK_BYTES: Final = 2 << 20  # and read in pieces of this size
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +49,24 @@ def compare(first: Disk, second: Disk, *, progress: Progress = silent) -> Compar
 def differences(first: Disk, second: Disk, *, progress: Progress = silent) -> Iterator[Extents]:
     """Yield the extents in which two disks differ, in whole sectors of 512 bytes, ascending."""
     size = max(first.size, second.size)
-    buffers = (bytearray(CHUNK_BYTES), bytearray(CHUNK_BYTES))
+    buffers = Buffers(CHUNK_BYTES, count=2)
+
+    def differing(piece: tuple[int, int]) -> tuple[int, Extents]:
+        taken = buffers.take()
+        try:
+            _read(first, *piece, taken[0])
+            _read(second, *piece, taken[1])
+            return piece[1], _different_sectors(*piece, *taken)
+        finally:
+            buffers.give_back(taken)
+
     done = 0
-    with ThreadPoolExecutor(1, thread_name_prefix="compare") as helper:
-        for start, end in _pieces(first, second, size):
-            # Progress counts bytes of the disks, not of what is read: how much there is to read is not known ahead.
-            done = max(done, end)
-            progress(done, size, "comparing")
-            reading = helper.submit(_read, second, start, end, buffers[1])
-            _read(first, start, end, buffers[0])
-            reading.result()
-            different = _different_sectors(start, end, buffers)
-            if len(different):
-                yield np.minimum(different, size)
+    for end, different in worked(_pieces(first, second, size), differing):
+        # Progress counts bytes of the disks, not of what is read: how much there is to read is not known ahead.
+        done = max(done, end)
+        progress(done, size, "comparing")
+        if len(different):
+            yield np.minimum(different, size)
     progress(size, size, "comparing")
 
 
@@ -90,11 +95,10 @@ def _read(disk: Disk, start: int, end: int, buffer: bytearray) -> None:
     view[readable:] = bytes(len(view) - readable)
 
 
-def _different_sectors(start: int, end: int, buffers: tuple[bytearray, bytearray]) -> Extents:
+def _different_sectors(start: int, end: int, one: bytearray, other: bytearray) -> Extents:
     length = -(-(end - start) // SECTOR_SIZE) * SECTOR_SIZE
-    first, second = (np.frombuffer(buffer, dtype=np.uint64, count=length // 8) for buffer in buffers)
-    # Whole buffers compare at memory speed; most are equal.
-    if (length == CHUNK_BYTES and buffers[0] == buffers[1]) or np.array_equal(first, second):
+    first, second = (np.frombuffer(buffer, dtype=np.uint64, count=length // 8) for buffer in (one, other))
+    if np.array_equal(first, second):  # most are
         return EMPTY
     unequal = (first != second).reshape(-1, SECTOR_SIZE // 8).any(axis=1)
     return runs_of(unequal) * SECTOR_SIZE + start

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, TypedDict, get_args
@@ -14,11 +12,12 @@ import numpy as np
 from vhdx import qcow2
 from vhdx.bulk import file_exists, name_file
 from vhdx.compare import compare
-from vhdx.disk import Disk
+from vhdx.disk import Disk, Extents
 from vhdx.errors import CorruptDiskError, OsError
-from vhdx.extents import runs_of
+from vhdx.extents import runs_of, total_length
 from vhdx.formats import chain_of, detect_format, open_disk
 from vhdx.osfile import OS_FILES, Files, temporary_path, translated
+from vhdx.pieces import Buffers, worked
 from vhdx.progress import Progress, silent
 from vhdx.raw import RawDisk
 from vhdx.target import Target, TargetFormat, create_target
@@ -28,10 +27,9 @@ from vhdx.windows import length_of
 ConvertFormat: TypeAlias = TargetFormat | Literal["qcow2"]
 CONVERT_FORMATS: Final[tuple[ConvertFormat, ...]] = (*get_args(TargetFormat), "qcow2")
 
-CHUNK_BYTES: Final = 4 << 20  # read and written at a time
+CHUNK_BYTES: Final = 2 << 20  # read and written at a time: stays in the processor's cache between the two
 GRANULE_BYTES: Final = 64 << 10  # what is looked at for being zero, and left out if it is
 SAMPLED_WORDS: Final = 512  # of a granule, one in so many 8-byte words is looked at first
-BUFFERS: Final = 3  # one being written, the others read ahead
 
 
 class _Options(TypedDict):
@@ -211,34 +209,31 @@ def _verify(source: Disk, path: Path, format: ConvertFormat, progress: Progress,
 def copy_content(source: Disk, target: Target, *, progress: Progress = silent) -> tuple[int, int]:
     """Write into ``target`` what ``source`` holds, zeros left out; return the bytes read and the bytes written.
 
-    Reading runs ahead of writing in a thread of its own. Memory: ``BUFFERS`` pieces of ``CHUNK_BYTES``.
+    Pieces are copied by several threads, each from the one disk straight to the other: a piece handed from a reading
+    thread to a writing one would wait for both. Memory: ``WORKERS`` pieces of ``CHUNK_BYTES``.
     """
     total_bytes = length_of(source.allocated())
-    free = [bytearray(CHUNK_BYTES) for _ in range(BUFFERS)]
-    reading: deque[tuple[int, bytearray, int, Future[None]]] = deque()
+    buffers = Buffers(CHUNK_BYTES)
+
+    def copy(piece: tuple[int, int]) -> tuple[int, int]:
+        start, end = piece
+        taken = buffers.take()
+        try:
+            view = memoryview(taken[0])[: end - start]
+            source.read_into(start, view)
+            runs = nonzero_runs(view)
+            target.prepare(runs + start)
+            for first, last in runs.tolist():
+                target.write_at(start + first, view[first:last])
+        finally:
+            buffers.give_back(taken)
+        return end - start, total_length(runs)
+
     read_bytes = written_bytes = 0
-
-    def write_next() -> None:
-        nonlocal read_bytes, written_bytes
-        start, buffer, length, future = reading.popleft()
-        future.result()
-        view = memoryview(buffer)[:length]
-        for first, last in nonzero_runs(view):
-            target.write_at(start + first, view[first:last])
-            written_bytes += last - first
-        free.append(buffer)
-        read_bytes += length
+    for read, written in worked(_pieces(source), copy):
+        read_bytes += read
+        written_bytes += written
         progress(min(read_bytes, total_bytes), total_bytes, "copying")
-
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
-        for start, end in _pieces(source):
-            if not free:
-                write_next()
-            buffer = free.pop()
-            future = reader.submit(source.read_into, start, memoryview(buffer)[: end - start])
-            reading.append((start, buffer, end - start, future))
-        while reading:
-            write_next()
     return read_bytes, written_bytes
 
 
@@ -253,7 +248,7 @@ def _pieces(disk: Disk) -> Iterator[tuple[int, int]]:
             position = max(position, end)
 
 
-def nonzero_runs(view: memoryview) -> list[tuple[int, int]]:
+def nonzero_runs(view: memoryview) -> Extents:
     """Return the runs of granules of ``view`` that hold anything but zeros, as byte ranges."""
     whole = len(view) // GRANULE_BYTES
     words = np.frombuffer(view[: whole * GRANULE_BYTES], dtype=np.uint64).reshape(whole, GRANULE_BYTES // 8)
@@ -263,5 +258,5 @@ def nonzero_runs(view: memoryview) -> list[tuple[int, int]]:
     for granule in np.flatnonzero(~flags[:whole]).tolist():
         flags[granule] = words[granule].any()
     flags[whole] = np.frombuffer(view[whole * GRANULE_BYTES :], dtype=np.uint8).any()
-    runs = np.minimum(runs_of(flags) * GRANULE_BYTES, len(view))
-    return [(first, last) for first, last in runs.tolist()]
+    runs: Extents = np.minimum(runs_of(flags) * GRANULE_BYTES, len(view))
+    return runs

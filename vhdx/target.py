@@ -37,7 +37,7 @@ class Target(Protocol):
         """Virtual size, bytes; a fixed VHD's is rounded up to whole MiB."""
 
     def prepare(self, extents: Extents) -> None:
-        """Make ready for writes to these extents from several threads."""
+        """Make ready for writes to these extents from several threads. Any of them may call it, too."""
 
     def write_at(self, offset: int, data: ReadableBuffer) -> None:
         """Write ``data`` at ``offset``. Raises OutOfRangeError, OsError."""

@@ -315,7 +315,7 @@ def test_no_byte_that_is_not_zero_is_left_out(marks: list[tuple[int, int]], leng
     for position, value in marks:
         if position < length:
             data[position] = value
-    runs = nonzero_runs(memoryview(data))
+    runs = nonzero_runs(memoryview(data)).tolist()
     kept = bytearray(length)
     for first, last in runs:
         assert first < last <= length
