@@ -28,6 +28,7 @@ COMMANDS: dict[str, LazyCommand] = {
     "points": LazyCommand("cli.replication:points", "List the recovery points of a VM."),
     "restore": LazyCommand("cli.recovery:restore", "Restore disks of a VM into new files."),
     "verify": LazyCommand("cli.recovery:verify", "Verify recovery points without changing anything."),
+    "key": LazyCommand("cli.key:key", "Make and care for a tenant's encryption key."),
     "disk": LazyCommand("cli.disk:disk", "Inspect, check, convert and change disk images."),
 }
 

@@ -37,6 +37,7 @@ from replica.stores.store import Store
 @click.option("--nic", "nics", multiple=True, metavar="MAC[@NETWORK]", help="A network adapter. May be repeated.")
 @click.option("--secure-boot/--no-secure-boot", default=None, help="Whether the machine has Secure Boot.")
 @click.option("--level", type=click.IntRange(-7, 19), help="The zstd compression level.  [default: 1]")
+@click.option("--encrypt", is_flag=True, help="Encrypt everything that is stored of the VM.")
 @click.option("--update", is_flag=True, help="Change how a VM is protected that already is; its history stays.")
 @store_options
 @output_options
@@ -51,6 +52,7 @@ def protect(
     nics: tuple[str, ...],
     secure_boot: bool | None,
     level: int | None,
+    encrypt: bool,
     update: bool,
     *,
     session: Session,
@@ -62,6 +64,8 @@ def protect(
     wishes = MachineWishes(_generation(generation), cpus, memory, _nics(nics), secure_boot)
     store = session.store()
     if update:
+        if encrypt:
+            raise click.UsageError("whether a VM is encrypted is settled when it is protected, and stays")
         found = session.vm(store, name)
         settings = protect_disks.update(
             store,
@@ -82,6 +86,7 @@ def protect(
             wishes=wishes,
             interval_seconds=every or 300,
             compression_level=1 if level is None else level,
+            vault=session.vault if encrypt else None,
         )
 
     def render() -> None:
@@ -91,7 +96,7 @@ def protect(
             output.line(f"  disk {one.number}: {one.path}")
         output.note(f"next: godwit replicate {name} --store {store.url}")
 
-    output.show(_settings_document(found, settings), render)
+    output.show({**_settings_document(found, settings), "encrypted": session.vault.is_encrypted(found.keys)}, render)
 
 
 def _generation(text: str | None) -> Literal[1, 2] | None:
@@ -171,6 +176,7 @@ def _status_of(store: Store, session: Session, name: str) -> dict[str, Any]:
     point = newest(store, found.keys)
     return {
         **_settings_document(found, settings),
+        "encrypted": session.vault.is_encrypted(found.keys),
         "protected_since": found.vm.created_at,
         "newest_point": point.point if point else None,
         "newest_at": point.created_at if point else None,
@@ -219,6 +225,7 @@ def _render_status(output: Output, row: dict[str, Any]) -> None:
             ("id", row["vm_id"]),
             ("newest point", newest_text),
             ("wanted every", duration_text(row["interval_seconds"])),
+            ("encrypted", "yes" if row["encrypted"] else "no"),
             (
                 "machine",
                 f"Generation {machine['generation']}, {machine['cpus']} CPUs, {human_size(machine['memory_bytes'])}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any, TypeVar
 import click
 
 from cli.sizes import IntegerParameter
-from replica import configuration
+from replica import configuration, keysource
 from replica.catalog import ProtectedVm, find
 from replica.configuration import Configuration
 from replica.errors import NoStoreError
 from replica.host import Host, this_host
 from replica.stores.address import open_store
 from replica.stores.store import Store
+from replica.tenantkey import Secret
+from replica.vault import Vault
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -31,6 +34,7 @@ class Session:
 
     configuration: Configuration
     host: Host
+    vault: Vault
 
     def store(self, *, create: bool = False, url: str | None = None) -> Store:
         """Open the store. Raises NoStoreError where none was given."""
@@ -40,7 +44,12 @@ class Session:
                 "no store was given", hint='say --store URL, set GODWIT_STORE, or write store = "URL" in godwit.toml'
             )
         workers = self.configuration.workers
-        return open_store(address, create=create, workers=workers.threads + workers.uploads)
+        threads = workers.threads + workers.uploads
+        return open_store(address, create=create, workers=threads, around=self.vault.around)
+
+    def secret(self) -> Secret | None:
+        """Return what opens the tenant's key, or None where nothing was given. Raises TenantKeyError."""
+        return given_secret(self.configuration)
 
     def vm(self, store: Store, name: str) -> ProtectedVm:
         """Find a protected VM. Raises UsageError."""
@@ -52,7 +61,8 @@ def store_options(function: Function) -> Function:
 
     def wrapped(*args: Any, store: str | None, tenant: str | None, config: Path | None, **kwargs: Any) -> Any:
         loaded = configuration.load(environment=os.environ, file=config, store=store, tenant=tenant)
-        session = Session(loaded, this_host(loaded.state_folder))
+        vault = Vault(lambda: given_secret(loaded), require=loaded.require_encryption)
+        session = Session(loaded, this_host(loaded.state_folder), vault)
         return function(*args, session=session, **kwargs)
 
     wrapped.__name__ = function.__name__
@@ -68,6 +78,19 @@ def store_options(function: Function) -> Function:
     ):
         decorated = option(decorated)
     return decorated  # type: ignore[no-any-return]
+
+
+def given_secret(loaded: Configuration) -> Secret | None:
+    """Return what opens the tenant's key: given beforehand, or asked for on a terminal. Raises TenantKeyError."""
+    return keysource.given_secret(loaded, os.environ, ask_passphrase)
+
+
+def ask_passphrase(question: str, *, confirm: bool = False) -> str | None:
+    """Ask for a passphrase on the terminal; None where there is none."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return None
+    answer: str = click.prompt(question, hide_input=True, confirmation_prompt=confirm, err=True)
+    return answer
 
 
 class Duration(IntegerParameter):

@@ -15,7 +15,16 @@ from replica.keys import check_tenant
 from replica.workers import Workers, default_workers
 
 FILE_NAME: Final = "godwit.toml"
-SETTINGS: Final = ("store", "tenant", "threads", "uploads", "state_folder")
+SETTINGS: Final = (
+    "store",
+    "tenant",
+    "threads",
+    "uploads",
+    "state_folder",
+    "key_file",
+    "key_command",
+    "require_encryption",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +36,9 @@ class Configuration:
     workers: Workers
     state_folder: Path | None
     file: Path | None
+    key_file: Path | None = None
+    key_command: str | tuple[str, ...] | None = None
+    require_encryption: bool = False
 
 
 def load(
@@ -55,6 +67,9 @@ def load(
         ),
         state_folder=known.take("state_folder", _path, None),
         file=path,
+        key_file=known.take("key_file", _path, None),
+        key_command=known.take("key_command", _command, None),
+        require_encryption=known.take("require_encryption", _truth, False),
     )
     mistakes += [
         f"{name!r} is not a setting: there are {', '.join(SETTINGS)}" for name in values if name not in SETTINGS
@@ -99,6 +114,20 @@ def _path(value: Any) -> Path:
         return Path(value).expanduser()
     except RuntimeError as error:  # ~ of a user that does not exist
         raise ValueError(f"{value!r} names nobody's home folder") from error
+
+
+def _command(value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        return tuple(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("should be a command: text, or a list of its words")
+    return value
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("should be true or false")
+    return value
 
 
 def _count(value: Any) -> int:

@@ -131,21 +131,27 @@ def _numbers(store: Store, tenant: str) -> list[tuple[int, str]]:
 
 def open_master(store: Store, tenant: str, secret: Secret | None) -> bytes:
     """Return the tenant's master key. Raises TenantKeyError for no key, or one that does not open it."""
+    damage: list[IntegrityError | FormatVersionError] = []
+    kinds: set[str] = set()
+    numbers = _numbers(store, tenant)
+    if secret is not None and secret.kind == "recovery":
+        return secret.data if not numbers else _check_recovery(store, tenant, numbers, secret)
+    if not numbers:
+        raise TenantKeyError(
+            f"tenant {tenant!r} has no encryption key in this store",
+            hint="'godwit key init' makes one; of one that was lost, the recovery kit does the work",
+        )
     if secret is None:
         raise TenantKeyError(
             f"the data of tenant {tenant!r} is encrypted, and no key was given",
             hint="set GODWIT_KEY_FILE or GODWIT_PASSPHRASE, or write key_file or key_command in godwit.toml",
         )
-    damage: list[IntegrityError | FormatVersionError] = []
-    numbers = _numbers(store, tenant)
-    if secret.kind == "recovery":
-        return secret.data if not numbers else _check_recovery(store, tenant, numbers, secret)
-    if not numbers:
-        raise TenantKeyError(f"tenant {tenant!r} has no key", hint="'godwit key init' makes one")
     # After a rotation that was cut off both secrets are good, so that neither leads to a locked door.
     for number, key in numbers:
         try:
-            master = _unwrap(tenant, _decode(store.get(key), key, number), secret)
+            found = _decode(store.get(key), key, number)
+            kinds.add(found.kind)
+            master = _unwrap(tenant, found, secret)
         except ObjectMissingError:  # a rotation ended between the listing and now
             continue
         except (IntegrityError, FormatVersionError) as error:
@@ -156,8 +162,9 @@ def open_master(store: Store, tenant: str, secret: Secret | None) -> bytes:
     if damage:
         raise damage[0]
     what = "passphrase" if secret.kind == "passphrase" else "key"
+    fitting = "" if secret.kind in kinds else f", which is opened by a {' or a '.join(sorted(kinds))}"
     raise TenantKeyError(
-        f"the {what} that was given does not open the key of tenant {tenant!r}", hint="it is another one"
+        f"the {what} that was given does not open the key of tenant {tenant!r}{fitting}", hint="it is another one"
     )
 
 

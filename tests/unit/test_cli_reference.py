@@ -6,6 +6,7 @@ import click
 import pytest
 
 from cli.disk import DISK_COMMANDS
+from cli.key import KEY_COMMANDS
 from cli.lazy import LazyCommand
 from cli.main import COMMANDS, root
 from cli.reference import reference
@@ -37,7 +38,7 @@ def test_every_command_has_help_and_a_json_form(path: str, command: click.Comman
         assert all(parameter.help for parameter in command.params if isinstance(parameter, click.Option))
 
 
-@pytest.mark.parametrize("table", [COMMANDS, DISK_COMMANDS], ids=["godwit", "disk"])
+@pytest.mark.parametrize("table", [COMMANDS, DISK_COMMANDS, KEY_COMMANDS], ids=["godwit", "disk", "key"])
 def test_a_table_names_commands_as_they_name_themselves(table: dict[str, LazyCommand]) -> None:
     for name, entry in table.items():
         assert entry.load().name == name

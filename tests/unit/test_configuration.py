@@ -145,4 +145,30 @@ def test_a_working_folder_that_is_gone_is_no_traceback(
 
 
 def test_the_settings_that_are_offered_are_those_that_are_known() -> None:
-    assert configuration.SETTINGS == ("store", "tenant", "threads", "uploads", "state_folder")
+    assert configuration.SETTINGS == (
+        "store",
+        "tenant",
+        "threads",
+        "uploads",
+        "state_folder",
+        "key_file",
+        "key_command",
+        "require_encryption",
+    )
+
+
+@pytest.mark.parametrize(
+    "written, expected",
+    [('"pass show godwit"', "pass show godwit"), ('["pass", "show", "my vm"]', ("pass", "show", "my vm"))],
+)
+def test_a_key_command_is_text_or_words(folders: dict[str, Path], written: str, expected: object) -> None:
+    write(folders["work"] / "godwit.toml", f'key_command = {written}\nkey_file = "k"\nrequire_encryption = true\n')
+    found = load(environment={}, folder=folders["work"])
+    assert (found.key_command, found.key_file, found.require_encryption) == (expected, Path("k"), True)
+
+
+@pytest.mark.parametrize("written", ["key_command = []", "key_command = [1]", "require_encryption = 1", "key_file = 3"])
+def test_settings_of_encryption_that_make_no_sense_are_refused(folders: dict[str, Path], written: str) -> None:
+    write(folders["work"] / "godwit.toml", written)
+    with pytest.raises(ConfigurationError, match=written.split(" ", maxsplit=1)[0]):
+        load(environment={}, folder=folders["work"])
