@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,14 @@ class LazyCommand:
     def load(self) -> click.Command:
         """Import the command."""
         module, _, attribute = self.target.partition(":")
-        command = getattr(importlib.import_module(module), attribute)
+        # Imports make objects by the ten thousand and hardly any garbage: looking for it is a tenth of their time.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            command = getattr(importlib.import_module(module), attribute)
+        finally:
+            if collects:
+                gc.enable()
         assert isinstance(command, click.Command), self.target
         return command
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import secrets
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -137,5 +136,15 @@ def this_host(state_folder: Path | None = None) -> Host:
             temporary.replace(path)
         host_id = path.read_bytes().strip().decode("ascii", "replace")
     except OSError:
-        return Host(SystemClock(), randomness, host_id, socket.gethostname(), None)
-    return Host(SystemClock(), randomness, host_id, socket.gethostname(), folder)
+        return Host(SystemClock(), randomness, host_id, _host_name(), None)
+    return Host(SystemClock(), randomness, host_id, _host_name(), folder)
+
+
+def _host_name() -> str:
+    if sys.platform == "win32":
+        import socket  # noqa: PLC0415 - takes longer to import than to ask the system itself, where that can be asked
+
+        name = socket.gethostname()
+    else:
+        name = os.uname().nodename
+    return name
