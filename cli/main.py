@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import gc
 import os
 import signal
 import sys
@@ -94,6 +95,8 @@ def main() -> None:
     """Run the command line of this process."""
     # Being asked to end is handled as Ctrl-C is: what is half done is thrown away, no temporary file stays.
     signal.signal(signal.SIGTERM, _interrupt)
+    # Or numpy starts a thread for each processor for an algebra that nobody asks of it here.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     sys.unraisablehook = _deliver_again
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
@@ -103,6 +106,7 @@ def main() -> None:
     # The work is done and its exit code stands: from here on an interruption would only spoil the answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    gc.freeze()  # or the interpreter, on its way out, searches for garbage in all that was imported
     try:
         sys.stderr.flush()
     except OSError:
