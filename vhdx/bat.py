@@ -118,12 +118,6 @@ class Bat:
         with self._lock:
             self._changed.clear()
 
-    def forget(self) -> None:
-        """Drop every page, changed ones too: the file has been written to by other means."""
-        with self._lock:
-            self._changed.clear()
-            self._pages.clear()
-
     def sector(self, index: int) -> tuple[int, bytes]:
         """Return the 4 KiB sector that holds an entry: its offset in the file, and its present content."""
         first = index - index % _SECTOR_ENTRIES

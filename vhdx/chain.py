@@ -155,7 +155,7 @@ def _open_parent(child: VhdxDisk, seen: list[Path], allowed: Sequence[Path], fil
 
 def _open_image(child: VhdxImage, target: Path, files: Files) -> VhdxImage | None:
     """Open a parent for reading; None where there is no such file."""
-    if _is_special(target):
+    if is_special(target):
         return None
     try:
         return VhdxImage.open(target, files=files)
@@ -226,7 +226,7 @@ def _resolved(path: Path | str) -> Path | None:
         return None
 
 
-def _is_special(path: Path) -> bool:
+def is_special(path: Path) -> bool:
     """Tell whether the path names something that must not even be opened: a pipe would block, a device would act."""
     try:
         return path.exists() and not path.is_file()

@@ -12,7 +12,7 @@ from vhdx.convert import CHUNK_BYTES, GRANULE_BYTES, nonzero_runs
 from vhdx.describe import file_sizes
 from vhdx.errors import OutOfRangeError, ParentError, UnsupportedDiskError
 from vhdx.formats import detect_format, open_disk
-from vhdx.merge import merge_into_parent
+from vhdx.merge import merge_into_parent, refuse_siblings
 from vhdx.osfile import OS_FILES, Files
 from vhdx.progress import Progress, silent
 from vhdx.raw import RawDisk
@@ -46,7 +46,8 @@ class ResizePlan:
 class MergePlan:
     """A merge of ``child`` into ``parent``: at most ``data_bytes`` are written to the parent.
 
-    ``grandchildren`` are the child's children in its folder: they are linked to the parent.
+    ``grandchildren`` are the child's children in the folders of both and in those allowed: they are linked to the
+    parent.
     """
 
     child: Path
@@ -164,25 +165,11 @@ def plan_merge(path: Path | str, *, allowed_folders: Sequence[Path | str] = (), 
             raise ParentError("this is no differencing disk: it has no parent to be merged into", path=str(path))
         if disk.parent is None:
             raise disk.parent_error or ParentError("its parent is missing", path=str(path))
+        refuse_siblings(disk, allowed_folders=allowed_folders, files=files)
         parent = disk.parent.path
         data_bytes = length_of(disk.stored())
-    others = [
-        child.path.name
-        for child in find_children(parent, files=files)
-        if child.is_current and not _same(child.path, path)
-    ]
-    if others:
-        raise ParentError(
-            f"its parent {parent.name} has other children, which need it as it is: {', '.join(others)}",
-            path=str(path),
-            hint="merge or remove those first, or convert this disk into a new one",
-        )
-    below = tuple(child.path for child in find_children(path, files=files) if child.is_current)
-    return MergePlan(path, parent, data_bytes, below)
-
-
-def _same(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and one.samefile(other)
+    children = find_children(path, folders=(parent.parent, *allowed_folders), files=files)
+    return MergePlan(path, parent, data_bytes, tuple(child.path for child in children if child.is_current))
 
 
 def merge_image(

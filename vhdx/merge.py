@@ -6,11 +6,12 @@ So the child reads the same at every instant, and merging anew from the start co
 1. The child's locator gets a second linkage, the DataWriteGuid that the parent is to have. The parent still has the
    old one, which the child accepts too.
 2. The parent's header gets that DataWriteGuid, before anything else of it changes. From here on other children of the
-   parent would be refused, rightly: a parent that has others in its folder is not merged into.
+   parent would be refused, rightly: a parent that has others is not merged into. Children are looked for in its
+   folder, in the child's, and in those that the caller allows.
 3. A parent smaller than the child grows. The child's sectors are written to the parent, what the child says is zeros
    is trimmed, and the parent is flushed and closed. Now the parent reads as the child does.
-4. Each child of the child, in its folder, is linked to the parent, by one log entry; until then it reads through the
-   child. Its own DataWriteGuid stays, so its children need nothing.
+4. Each child of the child, in the same folders, is linked to the parent, by one log entry; until then it reads
+   through the child. Its own DataWriteGuid stays, so its children need nothing.
 5. The child is removed. If it is to stay, its locator gets the parent's new GUID alone: it then is a child of the
    parent that says nothing new.
 """
@@ -51,8 +52,9 @@ def merge_into_parent(
 ) -> Path:
     """Make the parent of the differencing disk at ``path`` read as that disk does; return the parent's path.
 
-    The disk is then removed, unless ``keep_child``; its own children in its folder become the parent's. Children in
-    other folders must be relinked by the caller before. Cut off, it is completed by calling it again.
+    The disk is then removed, unless ``keep_child``; its own children, in the folders of both and in
+    ``allowed_folders``, become the parent's. Children in other folders must be relinked by the caller before. Cut off,
+    it is completed by calling it again.
     Raises ParentError where there is no parent, or it has other children, or is larger; as ``open_writable`` does.
     """
     path = Path(path)
@@ -60,17 +62,13 @@ def merge_into_parent(
         if disk.parent is None:
             raise disk.parent_error or ParentError("the disk has no parent to merge it into", path=str(path))
         parent, size, parent_size = disk.parent.path, disk.size, disk.parent.size
-        parent_guid, linkages = disk.parent.image.data_write_guid, parent_linkages(disk.image)
+        begun = merge_has_begun(disk)
+        guid = disk.parent.image.data_write_guid if begun else new_guid()
+        refuse_siblings(disk, allowed_folders=allowed_folders, files=files)
     if size < parent_size:
         raise ParentError(
             f"its parent is larger, {parent_size} bytes: nothing says what is past its end", path=str(path)
         )
-    # A merge that was cut off after step 2 goes on under the GUID that it had chosen. Disks that name the parent by
-    # that one were linked to it when it read as the child does, and it will: they are no hindrance.
-    begun = parent_guid in linkages[1:] and parent_guid != linkages[0]
-    guid = parent_guid if begun else new_guid()
-    if not begun:
-        _refuse_siblings(path, parent, files)
     with open_writable(parent, allowed_folders=allowed_folders, files=files, new_guid=new_guid):
         # The parent can be written to, and by nobody else: now the child may expect it to change.
         if not begun:
@@ -83,7 +81,7 @@ def merge_into_parent(
     ):
         writer_of(target).set_data_write_guid(guid)
         _copy_child(source, target, progress)
-    for child in find_children(path, files=files):
+    for child in find_children(path, folders=(parent.parent, *allowed_folders), files=files):
         if child.is_current:
             relink(child.path, parent, files=files, new_guid=new_guid)
     if keep_child:
@@ -93,17 +91,34 @@ def merge_into_parent(
     return parent
 
 
-def _refuse_siblings(path: Path, parent: Path, files: Files) -> None:
+def merge_has_begun(disk: VhdxDisk) -> bool:
+    """Whether a merge of ``disk`` into its parent was cut off after the parent began to change."""
+    if disk.parent is None:
+        return False
+    guid, linkages = disk.parent.image.data_write_guid, parent_linkages(disk.image)
+    return guid in linkages[1:] and guid != linkages[0]
+
+
+def refuse_siblings(disk: VhdxDisk, *, allowed_folders: Sequence[Path | str], files: Files) -> None:
+    """Raise ParentError where the parent of ``disk`` has other children, which a merge would take their parent from.
+
+    A merge that has begun goes on: disks that name the parent by the GUID that it has since were linked to it when it
+    was to read as ``disk`` does, and it will.
+    """
+    if disk.parent is None or merge_has_begun(disk):
+        return
+    parent = disk.parent.path
+    folders = (disk.path.absolute().parent, *allowed_folders)
     others = [
         child.path.name
-        for child in find_children(parent, files=files)
-        if child.is_current and not child.path.samefile(path)
+        for child in find_children(parent, folders=folders, files=files)
+        if child.is_current and not child.path.samefile(disk.path)
     ]
     if others:
         raise ParentError(
             f"its parent {parent.name} has other children, which need it as it is: {', '.join(others)}",
-            path=str(path),
-            hint="merge or remove those first, or convert this chain into a new disk",
+            path=str(disk.path),
+            hint="merge or remove those first, or convert this disk, parents included, into a new one",
         )
 
 

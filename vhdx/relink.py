@@ -6,18 +6,18 @@ disk does not change by it, nor does its DataWriteGuid: the disk's own children 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 from uuid import UUID, uuid4
 
-from vhdx.chain import candidate_paths, parent_linkages, parent_paths
+from vhdx.chain import candidate_paths, is_special, parent_linkages, parent_paths
 from vhdx.create import guid_text, parent_locator
 from vhdx.errors import DiskError, ParentError, UnsupportedDiskError
 from vhdx.headers import GuidFactory
 from vhdx.image import VhdxImage
-from vhdx.osfile import OS_FILES, Files
+from vhdx.osfile import OS_FILES, Files, translated
 from vhdx.structures import (
     PARENT_LOCATOR_ITEM,
     TABLE_SIZE,
@@ -38,19 +38,22 @@ class Child:
     is_current: bool
 
 
-def find_children(path: Path | str, *, files: Files = OS_FILES) -> list[Child]:
-    """Return the disks in the folder of ``path`` whose locators lead to it. Files that cannot be read are none."""
+def find_children(path: Path | str, *, folders: Sequence[Path | str] = (), files: Files = OS_FILES) -> list[Child]:
+    """Return the disks whose locators lead to ``path``, of those in its own folder and in ``folders``.
+
+    Files that cannot be read are none.
+    """
     path = Path(path)
     image = VhdxImage.open(path, files=files)
     image.close()
-    children = []
-    for candidate in sorted(path.absolute().parent.iterdir()):
-        if candidate.suffix.lower() not in SUFFIXES or _same_file(candidate, path):
+    children: list[Child] = []
+    for candidate in _disks_in([path.absolute().parent, *map(Path, folders)]):
+        if _same_file(candidate, path) or any(_same_file(candidate, child.path) for child in children):
             continue
         try:
             child = VhdxImage.open(candidate, files=files)
             child.close()
-            if child.metadata.parent_locator is None or not _leads_to(child, path):
+            if child.metadata.parent_locator is None or not _may_lead_to(child, path):
                 continue
             children.append(Child(candidate, image.data_write_guid in parent_linkages(child)))
         except DiskError:
@@ -58,21 +61,24 @@ def find_children(path: Path | str, *, files: Files = OS_FILES) -> list[Child]:
     return children
 
 
-def _leads_to(child: VhdxImage, path: Path) -> bool:
+def _disks_in(folders: Sequence[Path]) -> Iterator[Path]:
+    for folder in dict.fromkeys(folder.absolute() for folder in folders):
+        with translated(folder, "list the folder"):
+            names = sorted(folder.iterdir()) if folder.is_dir() else []
+        yield from (name for name in names if name.suffix.lower() in SUFFIXES and not is_special(name))
+
+
+def _may_lead_to(child: VhdxImage, path: Path) -> bool:
+    """Whether any place that the child's locator gives is ``path``: which of them is the parent, its GUID decides."""
     folder = child.path.absolute().parent
-    for candidate in candidate_paths(parent_paths(child), child_folder=folder, allowed=[folder]):
-        try:
-            if candidate.exists():
-                return _same_file(candidate, path)
-        except (OSError, ValueError):
-            continue
-    return False
+    candidates = candidate_paths(parent_paths(child), child_folder=folder, allowed=[folder, path.absolute().parent])
+    return any(_same_file(candidate, path) for candidate in candidates)
 
 
 def _same_file(one: Path, other: Path) -> bool:
     try:
         return one.samefile(other)
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 

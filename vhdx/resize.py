@@ -6,8 +6,8 @@ crash leaves the old disk or the new one. A shrinking disk first forgets the blo
 zeros, then changes its size, again by one log entry, and last gives back the file's end once the log is empty.
 A crash in between leaves a disk of the old size or of the new that reads right; resizing again completes it.
 
-A disk whose size changed is no longer the parent that its children were made of: one that has children in its folder
-is refused.
+A disk whose size changed is no longer the parent that its children were made of: one that has children in its folder,
+or in those that the caller allows, is refused.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def resize_disk(
     ``open_writable`` does.
     """
     path = Path(path)
-    children = [child for child in find_children(path, files=files) if child.is_current]
+    children = [child for child in find_children(path, folders=allowed_folders, files=files) if child.is_current]
     if children:
         raise ParentError(
             f"the disk is the parent of {', '.join(child.path.name for child in children)}, which need it as it is",
@@ -134,7 +134,10 @@ def _grow(disk: VhdxDisk, writer: Writer, size: int) -> None:
     if tail:
         state, place = writer.block(image.geometry.block_count - 1)
         if state in PRESENT:
-            writer.file.punch_hole(place + tail, image.geometry.block_size - tail)
+            end = place + image.geometry.block_size
+            writer.file.punch_hole(place + tail, end - place - tail)
+            if writer.file.size() < end:  # QEMU ends the file of a fixed disk with the disk, inside the block
+                writer.file.truncate(end)
     grown = replace(image.geometry, virtual_size=size)
     patches = [_size_patch(disk, size)]
     if bat_size(grown) > image.bat_region.length:

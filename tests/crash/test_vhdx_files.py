@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.crash_files import CrashPoint, RecordingFiles, crash_points, scratch_folder
 from vhdx.chain import open_vhdx, parent_linkages
+from vhdx.change import merge_image
 from vhdx.check import check_disk
 from vhdx.compact import compact_disk
 from vhdx.create import create_disk
@@ -214,7 +215,7 @@ def test_a_crash_while_merging_leaves_every_child_readable_and_can_be_finished(
             assert read(here[1]) == contents[2], point
         elif point.ordinal % 6 == 0 and here[2].exists():
             finished += 1
-            merge_into_parent(here[2])
+            merge_image(here[2])
             assert not here[2].exists()
             assert read(here[1]) == contents[2], point
             assert read(here[3]) == contents[3], point

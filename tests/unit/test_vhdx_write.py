@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 
 from tests.support.crash_files import RecordingFiles, scratch_folder
 from vhdx.chain import open_vhdx
+from vhdx.change import merge_image, plan_merge
 from vhdx.check import check_disk
 from vhdx.compact import compact_disk
 from vhdx.create import create_disk
@@ -28,7 +30,7 @@ from vhdx.errors import (
 from vhdx.merge import merge_into_parent
 from vhdx.osfile import File, OsFiles, PortableFile
 from vhdx.pending import PendingSectors
-from vhdx.relink import find_children, free_place, relink
+from vhdx.relink import find_children, free_place, relink, set_locator
 from vhdx.resize import resize_disk
 from vhdx.structures import HEADER_OFFSETS, Header, PayloadState, encode_bat_entry
 from vhdx.vhdx import VhdxDisk
@@ -396,6 +398,73 @@ def test_merging_refuses_a_parent_with_other_children(child_path: Path, tmp_path
     with pytest.raises(ParentError, match=r"other\.vhdx"):
         merge_into_parent(child_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("where", ["beside the child", "in an allowed folder"])
+def test_siblings_in_other_folders_than_the_parents_are_seen(tmp_path: Path, where: str) -> None:
+    for name in ("base", "vm", "other"):
+        (tmp_path / name).mkdir()
+    parent, child = tmp_path / "base" / "parent.vhdx", tmp_path / "vm" / "child.vhdx"
+    create_disk(parent, size=8 * MIB, block_size=MIB)
+    create_disk(child, parent=parent)
+    sibling = tmp_path / ("vm" if where == "beside the child" else "other") / "sibling.vhdx"
+    create_disk(sibling, parent=parent)
+    folders = [tmp_path / "base", tmp_path / "other"]
+    before = {path: path.read_bytes() for path in (parent, child, sibling)}
+    for merge in (merge_into_parent, plan_merge, merge_image):
+        with pytest.raises(ParentError, match=r"sibling\.vhdx"):
+            merge(child, allowed_folders=folders)
+    with pytest.raises(ParentError, match=r"sibling\.vhdx"):
+        resize_disk(parent, 9 * MIB, allowed_folders=[sibling.parent])
+    assert {path: path.read_bytes() for path in (parent, child, sibling)} == before
+    sibling.unlink()
+    assert merge_into_parent(child, allowed_folders=folders) == parent
+
+
+def test_a_sibling_is_seen_behind_another_file_that_has_the_parents_name(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    parent = tmp_path / "parent.vhdx"
+    create_disk(parent, size=8 * MIB, block_size=MIB)
+    for name in ("child.vhdx", "sibling.vhdx"):
+        create_disk(tmp_path / name, parent=parent)
+    with open_writable(tmp_path / "sibling.vhdx", with_parents=False) as disk:
+        locator = disk.image.metadata.parent_locator
+        assert locator is not None
+        linkage = locator.values[0]
+        paths = (("relative_path", ".\\sub\\parent.vhdx"), ("volume_path", "\\\\?\\Volume{0}\\parent.vhdx"))
+        set_locator(disk, replace(locator, values=(linkage, *paths)))
+    create_disk(tmp_path / "sub" / "parent.vhdx", size=8 * MIB, block_size=MIB)
+    with open_vhdx(tmp_path / "sibling.vhdx") as disk:
+        assert disk.parent is not None
+        assert disk.parent.path == parent
+    with pytest.raises(ParentError, match=r"sibling\.vhdx"):
+        merge_into_parent(tmp_path / "child.vhdx")
+
+
+def test_grandchildren_beside_the_parent_are_linked_to_it(tmp_path: Path) -> None:
+    (tmp_path / "vm").mkdir()
+    parent, child, grandchild = tmp_path / "parent.vhdx", tmp_path / "vm" / "child.vhdx", tmp_path / "grand.vhdx"
+    create_disk(parent, size=8 * MIB, block_size=MIB)
+    create_disk(child, parent=parent)
+    with open_writable(child, allowed_folders=[tmp_path]) as disk:
+        disk.write_at(5 * MIB, b"child")
+    create_disk(grandchild, parent=child)
+    assert merge_image(child, allowed_folders=[tmp_path]).grandchildren == (grandchild,)
+    with open_vhdx(grandchild) as disk:
+        assert [link.path for link in disk.chain] == [grandchild, parent]
+        assert disk.read_at(5 * MIB, 5) == b"child"
+
+
+def test_growing_a_disk_whose_file_ends_inside_its_last_block_completes_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "disk.vhdx"
+    create_disk(path, size=5 * MIB, block_size=2 * MIB, kind="fixed")
+    with open_writable(path) as disk:
+        disk.write_at(5 * MIB - 3, b"end")
+    os.truncate(path, path.stat().st_size - MIB)  # as QEMU makes fixed disks: the file ends where the disk does
+    resize_disk(path, 6 * MIB)
+    with open_vhdx(path) as disk:
+        assert disk.read_at(5 * MIB - 3, MIB + 3) == b"end" + bytes(MIB)
+    assert check_disk(path).findings == ()
 
 
 def test_merging_changes_the_parents_guid_and_refuses_disks_without_one(child_path: Path, tmp_path: Path) -> None:
