@@ -71,6 +71,9 @@ class Digest:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Digest) and (self.first, self.second) == (other.first, other.second)
 
+    def __repr__(self) -> str:
+        return f"Digest({self})"
+
     def __hash__(self) -> int:
         return hash((self.first, self.second))
 
