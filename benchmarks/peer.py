@@ -75,7 +75,7 @@ class Peer:
     def version(self) -> str:
         """Return what the program says of itself."""
         done = subprocess.run([self.program, "--version"], capture_output=True, text=True, check=False)
-        return " ".join((done.stdout or done.stderr).strip().split("\n")[0].split()[:4])
+        return " ".join((done.stdout or done.stderr).strip().split("\n")[0].split()[:3])
 
     def run(self, *arguments: str) -> Spent:
         """Run the program."""

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.image import MIB, change_blocks, make_raw
-from benchmarks.peer import LOCAL, Godwit, Peer, Restic, Spent
+from benchmarks.peer import LOCAL, Godwit, Peer, Restic, Rsync, Spent
 
 if TYPE_CHECKING:
     from tests.support.servers import S3Server
@@ -45,6 +45,7 @@ COMPRESSING = frozenset({"borg", "restic", "casync", "benji", "qemu-img"})
 HISTORIES = COMPRESSING - {"qemu-img"}
 # How many times as fast as the fastest peer Godwit wants to be.
 AIMS = {"initial": 1.5, "delta": 2.0, "restore": 1.3}
+STORED_AIM = 1.05  # how many times the bytes of the one that stores least it may store
 
 
 @dataclass(slots=True)
@@ -212,7 +213,8 @@ def _take(one: Figures, step: str, image: Path) -> None:
         while file.read(4 * MIB):
             pass
     one.spent[step].append(one.peer.take())
-    one.stored[step].append(one.peer.stored_bytes() - before)
+    if one.peer.name != Rsync.name:  # a mirror: a change adds nothing to it, and leaves nothing of what was
+        one.stored[step].append(one.peer.stored_bytes() - before)
 
 
 def _restore(one: Figures, image: Path) -> None:
@@ -233,7 +235,19 @@ def _document(figures: Sequence[Figures]) -> dict[str, Any]:
             if rival is not None and not (kind != "compresses" and aims[-1]["fastest"] == rival.peer.name):
                 times = rival.times(step, godwit)
                 aims.append({"step": step, "aim": aim, "fastest": rival.peer.name, "that": kind, "times": times})
-    return {"peers": [one.document(godwit) for one in figures], "aims": aims}
+    return {"peers": [one.document(godwit) for one in figures], "aims": aims, "stored": _least(godwit, others)}
+
+
+def _least(godwit: Figures, others: Sequence[Figures]) -> list[dict[str, Any]]:
+    """Compare what is stored with the peer that stores least, after the first point and after a change."""
+    rows = []
+    for step in godwit.stored:
+        rivals = [one for one in others if one.stored[step]]
+        if rivals:
+            least = min(rivals, key=lambda one: statistics.median(one.stored[step]))
+            share = statistics.median(godwit.stored[step]) / statistics.median(least.stored[step])
+            rows.append({"step": step, "least": least.peer.name, "share": share, "aim": STORED_AIM})
+    return rows
 
 
 def show(title: str, document: dict[str, Any]) -> None:
@@ -260,5 +274,10 @@ def show(title: str, document: dict[str, Any]) -> None:
         print(
             f"  {TITLES[one['step']]}: {times:.2f} x as fast as {one['fastest']}, the fastest that {one['that']} "
             f"(aim {one['aim']:.1f}: {verdict})"
+        )
+    for one in document["stored"]:
+        print(
+            f"  {TITLES[one['step']]}: stores {one['share']:.3f} x the bytes of {one['least']}, which stores least beside "
+            f"it (aim at most {one['aim']:.2f}: {'met' if one['share'] <= one['aim'] else 'MISSED'})"
         )
     print()
