@@ -59,7 +59,7 @@ def pin(store: Store, host: Host, found: ProtectedVm, number: int, reason: str |
 def unpin(store: Store, found: ProtectedVm, number: int) -> None:
     """Leave a point to the retention rule again. Raises UsageError where it is not pinned."""
     if number not in numbers(store, found.keys):
-        raise UsageError(f"point {number} is not pinned", hint="'godwit points NAME' shows which are")
+        raise UsageError(f"point {number} is not pinned", hint="'godwit pin NAME' lists those that are")
     store.delete(found.keys.pin(number))
 
 
@@ -70,3 +70,14 @@ def read(store: Store, keys: VmKeys, number: int) -> Pin:
     if body.integer("point", least=1) != number:
         raise IntegrityError("the pin is of another point than its key says: objects were mixed up", key=key)
     return Pin(number, body.time("created_at"), body.optional_text("reason"))
+
+
+def pins(store: Store, found: ProtectedVm) -> list[Pin]:
+    """Return all pins, by point. Raises IntegrityError where one is damaged."""
+    listed = []
+    for number in sorted(numbers(store, found.keys)):
+        try:
+            listed.append(read(store, found.keys, number))
+        except ObjectMissingError:
+            continue
+    return listed
