@@ -276,8 +276,9 @@ def show(title: str, document: dict[str, Any]) -> None:
             f"(aim {one['aim']:.1f}: {verdict})"
         )
     for one in document["stored"]:
+        verdict = "met" if one["share"] <= one["aim"] else "MISSED"
         print(
-            f"  {TITLES[one['step']]}: stores {one['share']:.3f} x the bytes of {one['least']}, which stores least beside "
-            f"it (aim at most {one['aim']:.2f}: {'met' if one['share'] <= one['aim'] else 'MISSED'})"
+            f"  {TITLES[one['step']]}: stores {one['share']:.3f} x the bytes of {one['least']}, the peer that stores least "
+            f"(aim at most {one['aim']:.2f}: {verdict})"
         )
     print()
