@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
@@ -89,12 +90,14 @@ class Findings:
         if self._counts[key] <= MAX_FINDINGS_PER_RULE:
             self._found.append(Finding(rule, severity, message, offset))
 
-    def add_many(self, rule: str, messages: Iterable[tuple[str, int]], count: int) -> None:
-        """Report ``count`` errors of a rule, of which ``messages`` gives at least the first few with offsets."""
-        key = (rule, Severity.ERROR)
+    def add_many(
+        self, rule: str, messages: Iterable[tuple[str, int]], count: int, severity: Severity = Severity.ERROR
+    ) -> None:
+        """Report ``count`` findings of a rule, of which ``messages`` gives at least the first few with offsets."""
+        key = (rule, severity)
         room = max(0, MAX_FINDINGS_PER_RULE - self._counts.get(key, 0))
         for (message, offset), _ in zip(messages, range(room), strict=False):
-            self._found.append(Finding(rule, Severity.ERROR, message, offset))
+            self._found.append(Finding(rule, severity, message, offset))
         self._counts[key] = self._counts.get(key, 0) + count
 
     def add_error(self, rule: str, error: DiskError, severity: Severity = Severity.ERROR) -> None:
@@ -248,7 +251,8 @@ def _check_table(
         )
         claims.claim(name, entry.offset, entry.offset + entry.length)
     try:
-        check_bat(Bat(view, geometry, region.offset), view, claims, findings.add_many)
+        warn = partial(findings.add_many, severity=Severity.WARNING)
+        check_bat(Bat(view, geometry, region.offset), view, claims, findings.add_many, warn)
         _check_tail(view, region.offset + needed, region.offset + region.length, findings)
     except OsError:
         raise

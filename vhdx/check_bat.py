@@ -74,21 +74,22 @@ class Claims:
         return self.size_mib - int(np.count_nonzero(self._owner))
 
 
-def check_bat(bat: Bat, view: ReadableFile, claims: Claims, report: Report) -> None:
-    """Check every entry. Raises CorruptDiskError where the table itself cannot be read."""
-    checker = _Checker(bat, view.size(), claims, report)
+def check_bat(bat: Bat, view: ReadableFile, claims: Claims, report: Report, warn: Report) -> None:
+    """Check every entry: ``report`` takes errors. Raises CorruptDiskError where the table itself cannot be read."""
+    checker = _Checker(bat, view.size(), claims, report, warn)
     checker.check_bitmaps()
     for first in range(0, bat.geometry.block_count, WINDOW_BLOCKS):
         checker.check_payload(first, min(first + WINDOW_BLOCKS, bat.geometry.block_count))
 
 
 class _Checker:
-    def __init__(self, bat: Bat, file_size: int, claims: Claims, report: Report) -> None:
+    def __init__(self, bat: Bat, file_size: int, claims: Claims, report: Report, warn: Report) -> None:
         self._bat = bat
         self._geometry = bat.geometry
         self._file_size = file_size
         self._claims = claims
         self._report = report
+        self._warn = warn
         self._bitmap_present = np.zeros(bat.geometry.chunk_count, dtype=bool)
 
     def check_bitmaps(self) -> None:
@@ -148,7 +149,26 @@ class _Checker:
             )
         self._check_reserved(entries, np.arange(first, last), place, "payload block")
         present = np.flatnonzero((states == PayloadState.FULLY_PRESENT) | partial)
+        if last == self._geometry.block_count and self._last_is_cut(int(entries[-1])) and len(entries) - 1 in present:
+            message = (
+                f"the file ends inside payload block {last - 1}, behind the last byte of the disk",
+                place(len(entries) - 1),
+            )
+            self._warn("block-cut", [message], 1)
+            rest_mib = -(-self._file_size // MIB) - (int(entries[-1]) >> BAT_OFFSET_SHIFT)
+            self._claim(entries, present[-1:], rest_mib, Claims.PAYLOAD, place, "payload block", first)
+            present = present[:-1]
         self._check_places(entries, present, self._geometry.block_size, Claims.PAYLOAD, place, "payload block", first)
+
+    def _last_is_cut(self, entry: int) -> bool:
+        """Whether the file ends inside the disk's last block, which stands where ``entry`` says, but holds its bytes.
+
+        QEMU makes fixed disks so.
+        """
+        geometry = self._geometry
+        start = entry >> BAT_OFFSET_SHIFT << BAT_OFFSET_SHIFT
+        used = geometry.virtual_size - (geometry.block_count - 1) * geometry.block_size
+        return start >= MIB and start + used <= self._file_size < start + geometry.block_size
 
     def _check_reserved(
         self, entries: Entries, numbers: npt.NDArray[np.int64], place: Callable[[int], int], name: str
@@ -189,12 +209,26 @@ class _Checker:
             lambda position: f"{name} {first + position} reaches past the end of the file",
         )
         inside = ~low & (starts + length_mib <= self._claims.size_mib)
-        here, counted = present[inside], 0
+        self._claim(entries, present[inside], length_mib, owner, place, name, first)
+
+    def _claim(
+        self,
+        entries: Entries,
+        present: npt.NDArray[np.int64],
+        length_mib: int,
+        owner: int,
+        place: Callable[[int], int],
+        name: str,
+        first: int,
+    ) -> None:
+        """Give the present blocks their places, and report those that somebody has already."""
+        starts = (entries[present] >> np.uint64(BAT_OFFSET_SHIFT)).astype(np.int64)
+        counted = 0
         named: list[tuple[str, int]] = []
-        for index, other in self._claims.claim_all(starts[inside], length_mib, owner):
+        for index, other in self._claims.claim_all(starts, length_mib, owner):
             counted += 1
             if len(named) < SHOWN:
-                position = int(here[index])
+                position = int(present[index])
                 named.append((f"{name} {first + position} overlaps {other}", place(position)))
         if counted:
             self._report("overlap", named, counted)

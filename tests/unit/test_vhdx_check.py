@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from tests.support.vhdx_builder import BAT_OFFSET, LOG_OFFSET, METADATA_OFFSET, Block, ImageBuilder, parent_of, ring
 from vhdx import check_bat
 from vhdx.check import MAX_FINDINGS_PER_RULE, CheckReport, Severity, check_disk
+from vhdx.create import create_disk
 from vhdx.errors import OsError
 from vhdx.log import LogEntry
 from vhdx.replay import Change
@@ -99,6 +101,28 @@ def test_each_kind_of_damage_is_found(
     report = damaged(tmp_path, make(), patch)
     assert finding in found(report)
     assert report.sound == all(severity != "error" for _, severity in found(report))
+
+
+@pytest.mark.parametrize("missing", [MIB, MIB + 512])
+def test_a_file_that_ends_with_the_disk_inside_its_last_block_is_no_damage(tmp_path: Path, missing: int) -> None:
+    path = tmp_path / "disk.vhdx"
+    create_disk(path, size=5 * MIB - MIB // 2, block_size=2 * MIB, kind="fixed")
+    os.truncate(path, path.stat().st_size - missing)  # QEMU's fixed disks end so
+    found_here = [finding for finding in check_disk(path).findings if finding.rule != "file-size"]
+    assert [(finding.rule, finding.severity) for finding in found_here] == [("block-cut", Severity.WARNING)]
+    assert found_here[0].offset == BAT_OFFSET + 2 * 8
+    os.truncate(path, path.stat().st_size - MIB)  # now bytes of the disk are gone
+    assert ("block-past-end", "error") in found(check_disk(path))
+
+
+def test_a_last_block_that_is_cut_may_still_not_lie_on_another(tmp_path: Path) -> None:
+    path = tmp_path / "disk.vhdx"
+    create_disk(path, size=5 * MIB, block_size=2 * MIB, kind="fixed")
+    os.truncate(path, path.stat().st_size - MIB)
+    with path.open("rb+") as file:
+        file.seek(BAT_OFFSET + 8)
+        file.write(UINT64.pack(8 * MIB - MIB | FULL))
+    assert {("block-cut", "warning"), ("overlap", "error")} <= found(check_disk(path))
 
 
 def test_findings_name_the_block_and_the_place_of_its_entry(tmp_path: Path) -> None:
