@@ -278,7 +278,7 @@ def show(title: str, document: dict[str, Any]) -> None:
     for one in document["stored"]:
         verdict = "met" if one["share"] <= one["aim"] else "MISSED"
         print(
-            f"  {TITLES[one['step']]}: stores {one['share']:.3f} x the bytes of {one['least']}, the peer that stores least "
+            f"  {TITLES[one['step']]}: stores {one['share']:.3f} x the bytes of {one['least']}, which stores least "
             f"(aim at most {one['aim']:.2f}: {verdict})"
         )
     print()
