@@ -29,6 +29,10 @@ COMMANDS: dict[str, LazyCommand] = {
     "points": LazyCommand("cli.replication:points", "List the recovery points of a VM."),
     "restore": LazyCommand("cli.recovery:restore", "Restore disks of a VM into new files."),
     "verify": LazyCommand("cli.recovery:verify", "Verify recovery points without changing anything."),
+    "prune": LazyCommand("cli.housekeeping:prune", "Remove the recovery points that the retention rule does not keep."),
+    "gc": LazyCommand("cli.housekeeping:gc", "Delete what no recovery point needs any more."),
+    "pin": LazyCommand("cli.housekeeping:pin", "Keep a recovery point whatever the retention rule says."),
+    "unpin": LazyCommand("cli.housekeeping:unpin", "Leave a recovery point to the retention rule again."),
     "key": LazyCommand("cli.key:key", "Make and care for a tenant's encryption key."),
     "disk": LazyCommand("cli.disk:disk", "Inspect, check, convert and change disk images."),
 }

@@ -17,6 +17,7 @@ from replica.errors import GodwitError
 from replica.history import newest
 from replica.model import Machine, Nic, Point, Settings
 from replica.protection import MachineWishes
+from replica.retention import DEFAULT_TEXT
 from replica.stores.store import Store
 
 
@@ -37,6 +38,7 @@ from replica.stores.store import Store
 @click.option("--nic", "nics", multiple=True, metavar="MAC[@NETWORK]", help="A network adapter. May be repeated.")
 @click.option("--secure-boot/--no-secure-boot", default=None, help="Whether the machine has Secure Boot.")
 @click.option("--level", type=click.IntRange(-7, 19), help="The zstd compression level.  [default: 1]")
+@click.option("--keep", metavar="RULE", help="Which points 'godwit prune' keeps.  [default: " + DEFAULT_TEXT + "]")
 @click.option("--encrypt", is_flag=True, help="Encrypt everything that is stored of the VM.")
 @click.option("--update", is_flag=True, help="Change how a VM is protected that already is; its history stays.")
 @store_options
@@ -52,6 +54,7 @@ def protect(
     nics: tuple[str, ...],
     secure_boot: bool | None,
     level: int | None,
+    keep: str | None,
     encrypt: bool,
     update: bool,
     *,
@@ -75,6 +78,7 @@ def protect(
             wishes=wishes,
             interval_seconds=every,
             compression_level=level,
+            keep=keep,
         )
     else:
         found, settings = protect_disks.protect(
@@ -86,6 +90,7 @@ def protect(
             wishes=wishes,
             interval_seconds=every or 300,
             compression_level=1 if level is None else level,
+            keep=keep,
             vault=session.vault if encrypt else None,
         )
 
@@ -131,6 +136,7 @@ def _settings_document(found: ProtectedVm, settings: Settings) -> dict[str, Any]
         "settings_version": settings.version,
         "interval_seconds": settings.interval_seconds,
         "compression_level": settings.compression_level,
+        "retention": settings.retention or DEFAULT_TEXT,
         "machine": manifest.encode_machine(settings.machine),
         "disks": [{"number": one.number, "name": one.name, "path": one.path} for one in settings.sources],
     }
@@ -225,6 +231,7 @@ def _render_status(output: Output, row: dict[str, Any]) -> None:
             ("id", row["vm_id"]),
             ("newest point", newest_text),
             ("wanted every", duration_text(row["interval_seconds"])),
+            ("kept", row["retention"]),
             ("encrypted", "yes" if row["encrypted"] else "no"),
             (
                 "machine",

@@ -1,0 +1,223 @@
+"""godwit prune, gc, pin and unpin: which recovery points stay, and the room of those that went."""
+
+from __future__ import annotations
+
+from datetime import UTC, timedelta
+from typing import Any
+
+import click
+
+from cli.output import Output, output_options
+from cli.session import Duration, Session, duration_text, store_options
+from cli.sizes import human_size
+from replica import catalog, garbage, pins, retention
+from replica import prune as pruning
+from replica.errors import GodwitError
+from replica.garbage import Collection, References
+from replica.prune import Pruning
+from replica.stores.store import Store
+
+dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+@click.command()
+@click.argument("name")
+@click.option("--keep", metavar="RULE", help="The retention rule for this run.  [default: the VM's]")
+@dry_run_option
+@yes_option
+@store_options
+@output_options
+def prune(output: Output, name: str, keep: str | None, dry_run: bool, yes: bool, *, session: Session) -> int | None:
+    """Remove the recovery points of the VM NAME that its retention rule does not keep.
+
+    The newest point and pinned points always stay. A rule such as all:2h,hourly:24,daily:7,weekly:4,monthly:12 keeps
+    every point of the two hours before the newest, and the last point of each of 24 hours, 7 days, 4 weeks and 12
+    months that have any; last:N and yearly:N are terms too. The room is freed by 'godwit gc'.
+    """
+    rule = None if keep is None else retention.parse(keep)
+    store = session.store()
+    found = session.vm(store, name)
+    done = pruning.plan(store, found, rule=rule)
+    if done.removed and not dry_run:
+        output.confirm(f"Remove {_count(len(done.removed), 'recovery point')} of {name} for good?", yes=yes)
+        done = pruning.prune(store, session.host, found, rule=rule)
+    document = {"vm": name, "dry_run": dry_run, **_pruning_document(done)}
+    output.show(document, lambda: _render_pruning(output, name, done, dry_run=dry_run))
+    return 12 if done.unreadable else None
+
+
+def _pruning_document(done: Pruning) -> dict[str, Any]:
+    return {
+        "rule": done.rule,
+        "removed": done.removed,
+        "kept": done.kept,
+        "pinned": done.pinned,
+        "unreadable": done.unreadable,
+    }
+
+
+def _render_pruning(output: Output, name: str, done: Pruning, *, dry_run: bool) -> None:
+    verb = "would remove" if dry_run else "removed"
+    pinned = f", {len(done.pinned)} pinned" if done.pinned else ""
+    output.line(
+        f"{name}: {verb} {_count(len(done.removed), 'recovery point')}, {len(done.kept)} kept{pinned} ({done.rule})"
+    )
+    for one in done.removed if dry_run else ():
+        output.line(f"  point {one.point} of {one.created_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC")
+    for wrong in done.unreadable:
+        output.note(f"cannot be read, left as it is: {wrong.message}")
+    if done.removed and not dry_run:
+        output.note(f"next: godwit gc {name}")
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--all", "everything", is_flag=True, help="Collect for every protected VM of the tenant.")
+@click.option(
+    "--grace",
+    type=Duration(),
+    help="How long what nothing refers to stays before it is deleted.  [default: 1h]",
+)
+@dry_run_option
+@yes_option
+@store_options
+@output_options
+def gc(
+    output: Output,
+    name: str | None,
+    everything: bool,
+    grace: int | None,
+    dry_run: bool,
+    yes: bool,
+    *,
+    session: Session,
+) -> int | None:
+    """Delete what no recovery point of the VM NAME needs any more.
+
+    The first run notes what nothing refers to; one that comes at least the grace period later deletes what nothing
+    refers to still. Safe while replication and other machines are at work. Where a manifest or a map cannot be read
+    nothing is deleted, and it exits with 12.
+    """
+    if bool(name) == everything:
+        raise click.UsageError("name one VM, or say --all")
+    store = session.store()
+    catalog.read_store(store)
+    tenant = session.configuration.tenant
+    names = [name] if name else list(catalog.names(store, tenant))
+    if name:
+        session.vm(store, name)  # says so where there is none, before much is read
+    if not dry_run:
+        output.confirm("Delete what no recovery point needs any more?", yes=yes)
+    references = garbage.survey(store, tenant, workers=session.configuration.workers)
+    span = timedelta(seconds=grace) if grace is not None else garbage.GRACE
+    results: list[dict[str, Any]] = []
+    code = None
+    for one in names:
+        try:
+            done = _collect(store, session, references, one, span, dry_run=dry_run)
+        except GodwitError as error:
+            if name:
+                raise
+            code = 3
+            results.append(
+                {"vm": one, "error": {"type": type(error).__name__, "message": str(error), "hint": error.hint}}
+            )
+            output.note(f"{one}: {error}")
+            continue
+        results.append({"vm": one, "dry_run": dry_run, **_collection_document(done)})
+        if done.busy:
+            code = 11 if name else 3
+        if not output.json:
+            _render_collection(output, one, done, dry_run=dry_run)
+    output.show(results[0] if name else {"collections": results}, lambda: None)
+    return code
+
+
+def _collect(
+    store: Store, session: Session, references: References, name: str, grace: timedelta, *, dry_run: bool
+) -> Collection:
+    return garbage.collect(
+        store,
+        session.host,
+        session.vm(store, name),
+        references,
+        grace=grace,
+        dry_run=dry_run,
+        workers=session.configuration.workers,
+    )
+
+
+def _collection_document(done: Collection) -> dict[str, Any]:
+    return {
+        "condemned_objects": done.condemned.objects,
+        "condemned_bytes": done.condemned.bytes,
+        "deleted_objects": done.deleted.objects,
+        "reclaimed_bytes": done.deleted.bytes,
+        "waiting_objects": done.waiting.objects,
+        "waiting_bytes": done.waiting.bytes,
+        "busy": done.busy,
+    }
+
+
+def _render_collection(output: Output, name: str, done: Collection, *, dry_run: bool) -> None:
+    verb = "would delete" if dry_run else "deleted"
+    output.line(
+        f"{name}: {verb} {_count(done.deleted.objects, 'object')}, {human_size(done.deleted.bytes)} reclaimed; "
+        f"{_count(done.waiting.objects, 'object')}, {human_size(done.waiting.bytes)} waiting for the grace period"
+    )
+    if done.busy:
+        output.note(f"{name}: the rest is left to a later run: {done.busy}")
+
+
+@click.command()
+@click.argument("name")
+@click.argument("point", type=click.IntRange(1), required=False)
+@click.option("--reason", metavar="TEXT", help="Why, for whoever finds the pin.")
+@store_options
+@output_options
+def pin(output: Output, name: str, point: int | None, reason: str | None, *, session: Session) -> None:
+    """Keep the recovery point POINT of the VM NAME whatever the retention rule says; without POINT, list the pins."""
+    store = session.store()
+    found = session.vm(store, name)
+    if point is None:
+        listed = pins.pins(store, found)
+        output.show({"vm": name, "pins": listed}, lambda: _render_pins(output, name, listed, session))
+        return
+    made = pins.pin(store, session.host, found, point, reason)
+    output.show({"vm": name, **_pin_document(made)}, lambda: output.line(f"{name}: point {point} is pinned"))
+
+
+def _pin_document(made: pins.Pin) -> dict[str, Any]:
+    return {"point": made.point, "created_at": made.created_at, "reason": made.reason}
+
+
+def _render_pins(output: Output, name: str, listed: list[pins.Pin], session: Session) -> None:
+    if not listed:
+        output.note(f"no recovery point of {name} is pinned")
+        return
+    now = session.host.clock.now()
+    output.table(
+        ["point", "pinned since", "reason"],
+        [
+            (one.point, f"{duration_text((now - one.created_at).total_seconds())} ago", one.reason or "")
+            for one in listed
+        ],
+        right=(0,),
+    )
+
+
+@click.command()
+@click.argument("name")
+@click.argument("point", type=click.IntRange(1))
+@store_options
+@output_options
+def unpin(output: Output, name: str, point: int, *, session: Session) -> None:
+    """Leave the recovery point POINT of the VM NAME to the retention rule again."""
+    store = session.store()
+    pins.unpin(store, session.vm(store, name), point)
+    output.show({"vm": name, "point": point}, lambda: output.line(f"{name}: point {point} is no longer pinned"))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
