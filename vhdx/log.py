@@ -22,6 +22,8 @@ from vhdx.structures import MIB, UINT32, checksum_of, decode_guid, encode_guid, 
 
 LOG_SECTOR: Final = 4096
 MAX_LOG_LENGTH: Final = 64 * MIB  # Windows and QEMU write 1 MiB; the bound keeps what replay holds in memory small
+MAX_WRITES: Final = 1 << 17  # in all entries together; 64 MiB of data sectors are 16 Ki
+TOO_LONG_HINT: Final = "let the system that wrote the disk open and close it once, which empties the log"
 MAX_FILE_OFFSET: Final = 1 << 48  # four times what the largest disk needs
 
 _ENTRY_HEADER = struct.Struct("<4sIIIQII16sQQ")
@@ -119,14 +121,17 @@ def plan_replay(log: bytes, *, log_guid: UUID, file_size: int, log_offset: int) 
     """Return what must be replayed of the ring ``log``, which belongs to the header that names ``log_guid``.
 
     Raises CorruptDiskError where entries of this log exist but make no valid sequence (more than one write that a
-    crash may have cut off), or where the file is shorter than the newest entry says it was on stable storage.
+    crash may have cut off), or where the file is shorter than the newest entry says it was on stable storage;
+    UnsupportedDiskError for more than ``MAX_WRITES`` changes.
     """
     candidates = _candidates(log, log_guid)
     entries = {}
+    room_for_writes = MAX_WRITES
     for position, room in candidates:
-        entry = _decode_entry(log, position, room, log_guid)
+        entry = _decode_entry(log, position, room, log_guid, max_writes=room_for_writes)
         if entry is not None:
             entries[position] = entry
+            room_for_writes -= len(entry.writes)
     sequence = _active_sequence(entries, len(log))
     if not sequence:
         # The first entry of a fresh log, cut off by a crash, was never acted upon. Anything else tells of damage.
@@ -158,7 +163,7 @@ def check_log_bounds(*, length: int, offset: int) -> None:
         raise UnsupportedDiskError(
             f"the log takes {length} bytes; logs of more than {MAX_LOG_LENGTH} bytes are not replayed",
             offset=offset,
-            hint="let the system that wrote the disk open and close it once, which empties the log",
+            hint=TOO_LONG_HINT,
         )
 
 
@@ -182,7 +187,7 @@ def _candidates(log: bytes, log_guid: UUID) -> list[tuple[int, int]]:
     ]
 
 
-def _decode_entry(log: bytes, position: int, room: int, log_guid: UUID) -> LogEntry | None:
+def _decode_entry(log: bytes, position: int, room: int, log_guid: UUID, *, max_writes: int) -> LogEntry | None:
     """Return the valid entry at ``position``, None where there is none."""
     fields = _ENTRY_HEADER.unpack_from(log, position)
     _, checksum, length, tail, sequence, count, _, guid, flushed, last = fields
@@ -196,6 +201,11 @@ def _decode_entry(log: bytes, position: int, room: int, log_guid: UUID) -> LogEn
         data += log[: length - len(data)]
     if checksum_of(data) != checksum:
         return None
+    if count > max_writes:
+        raise UnsupportedDiskError(
+            f"the log has more than {MAX_WRITES} changes to replay",
+            hint=TOO_LONG_HINT,
+        )
     writes = _decode_writes(data, count, sequence)
     if writes is None:
         return None

@@ -72,8 +72,9 @@ class Overlay:
 
     def overlapping(self, start: int, end: int) -> Iterator[Change]:
         """Yield the changes that reach into [start, end)."""
-        position = max(0, bisect_right(self._starts, start) - 1)
-        for change in self.changes[position:] if self.changes else ():
+        first = max(0, bisect_right(self._starts, start) - 1)
+        for position in range(first, len(self.changes)):  # a slice would copy all that follows
+            change = self.changes[position]
             if change.start >= end:
                 return
             if change.end > start:

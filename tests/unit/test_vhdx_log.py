@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.vhdx_builder import ring
-from vhdx.errors import CorruptDiskError
+from vhdx.errors import CorruptDiskError, UnsupportedDiskError
 from vhdx.log import LogEntry, ReplayPlan, descriptor_sectors, plan_replay
 from vhdx.osfile import open_file
 from vhdx.replay import Change, Overlay, ReplayedFile
@@ -163,6 +163,17 @@ def test_a_damaged_byte_anywhere_loses_at_most_what_follows_it(position: int, di
         return
     survivors = [item.sequence_number for item in found.entries]
     assert survivors == [5, 6, 7][:hit] if hit else survivors == []
+
+
+def test_a_log_of_more_changes_than_are_held_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = tuple(Change(4096 * number, 4096 * (number + 1), None) for number in range(300))
+    log = ring(entry(1, 0, *zeros[:200]), entry(2, 0, *zeros[200:]))
+    monkeypatch.setattr("vhdx.log.MAX_WRITES", 300)
+    assert len(plan(log).entries) == 2
+    monkeypatch.setattr("vhdx.log.MAX_WRITES", 299)
+    with pytest.raises(UnsupportedDiskError, match="299 changes") as caught:
+        plan(log)
+    assert caught.value.hint
 
 
 def test_many_overlapping_claims_cost_one_pass() -> None:
