@@ -224,18 +224,32 @@ def parent_locator(child: Path, parent: Path, data_write_guid: UUID) -> ParentLo
     """Return the locator by which the file ``child`` finds the file ``parent``, at its present content.
 
     Paths are written as Windows reads them. The absolute one is left out where this system has no drive letters,
-    unless parent and child have no relative path between them.
+    unless parent and child have no relative path between them. Raises UnsupportedDiskError for a path that a locator
+    cannot hold.
     """
     child, parent = Path(os.path.abspath(child)), Path(os.path.abspath(parent))  # noqa: PTH100 - keeps symlinks
     values = [("parent_linkage", guid_text(data_write_guid))]
     try:
         relative = os.path.relpath(parent, child.parent)
-        values.append(("relative_path", relative_windows_path(relative)))
     except ValueError:  # another drive
         pass
+    else:
+        values.append(("relative_path", relative_windows_path(relative)))
     if ntpath.splitdrive(str(parent))[0]:
         values.append(("absolute_win32_path", f"\\\\?\\{PureWindowsPath(parent)}"))
-    return ParentLocator(VHDX_PARENT_LOCATOR, tuple(values))
+    locator = ParentLocator(VHDX_PARENT_LOCATOR, tuple(values))
+    try:
+        locator.encode()
+        held = os.sep == "\\" or "\\" not in os.path.relpath(parent, child.parent)
+    except ValueError:  # bytes that are no Unicode, or more of them than fit
+        held = False
+    if not held:
+        raise UnsupportedDiskError(
+            "a VHDX cannot name this path as its parent: it must be Unicode, not too long, and without backslashes",
+            path=str(parent),
+            hint="rename the parent's file or the folders between it and its child",
+        )
+    return locator
 
 
 def relative_windows_path(relative: str) -> str:

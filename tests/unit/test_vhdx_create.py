@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import uuid
@@ -92,6 +93,16 @@ def test_guids_come_from_the_factory(tmp_path: Path) -> None:
     with open_vhdx(tmp_path / "a.vhdx") as disk:
         header = disk.image.header
         assert [header.file_write_guid, header.data_write_guid, disk.image.metadata.disk_id] == guids
+
+
+@pytest.mark.skipif(os.sep == "\\", reason="names that Windows does not have")
+@pytest.mark.parametrize("name", ["back\\slash.vhdx", os.fsdecode(b"no-unicode-\xff.vhdx")])
+def test_a_parent_that_no_locator_can_name_is_refused(tmp_path: Path, name: str) -> None:
+    create_disk(tmp_path / name, size=MIB)
+    with pytest.raises(UnsupportedDiskError, match="cannot name this path") as caught:
+        create_disk(tmp_path / "child.vhdx", parent=tmp_path / name)
+    assert caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_child_finds_its_parent_and_reads_through_it(tmp_path: Path) -> None:
