@@ -137,6 +137,7 @@ def _report_document(name: str, report: verification.Report) -> dict[str, Any]:
             for verdict in report.verdicts
         ],
         "unreadable": report.unreadable,
+        "segments": report.segments,
     }
 
 
@@ -150,6 +151,8 @@ def _render_report(output: Output, name: str, report: verification.Report) -> No
             output.line(f"  {damage.message}")
     for damage in report.unreadable:
         output.line(f"unreadable: {damage.message}")
+    for damage in report.segments:
+        output.line(f"damaged segment: {damage.message}")
     if report.damaged:
         good = ", ".join(map(str, verification.restorable(report))) or "none"
         output.line(f"points that {'restore' if report.full else 'passed'}: {good}")

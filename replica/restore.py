@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from replica.block import BLOCK_BYTES, Digest, block_count, disk_base
-from replica.blockmap import BlockMap
+from replica.blockmap import BlockMap, Window
 from replica.catalog import ProtectedVm
 from replica.errors import IntegrityError
 from replica.host import Host
@@ -68,12 +68,19 @@ class PointReader:
         self._reader = BlockReader(store, found.keys.tenant, found.vm.hash_seed)
 
     def restore(
-        self, disk: DiskRecord, target: Target, progress: Progress = silent, *, phase: str = "restoring"
+        self,
+        disk: DiskRecord,
+        target: Target,
+        progress: Progress = silent,
+        *,
+        phase: str = "restoring",
+        needed: Callable[[Window], Window] = lambda window: window,
     ) -> DiskCheck:
         """Write every data block of ``disk`` into ``target``, each checked against the hash taken when it was read.
 
-        Memory: about 12 MiB for each thread and what the map holds. Raises IntegrityError naming the object that is
-        damaged; what was written until then must be thrown away.
+        ``needed`` tells which blocks of a window to read: all, or for verification those not read before. The digest
+        is over all of them in any case. Memory: about 12 MiB for each thread and what the map holds. Raises
+        IntegrityError naming the object that is damaged; what was written until then must be thrown away.
         """
         digest = Digest()
         blocks = done = 0
@@ -87,7 +94,7 @@ class PointReader:
                 blocks += count
                 numbers = window.entries.keys[window.entries.is_data].astype(np.int64) - base
                 target.prepare(_extents(numbers, disk.size))
-                yield from plan_fetches(window)
+                yield from plan_fetches(needed(window))
 
         def work(fetch: Fetch) -> int:
             read = self._reader.read(fetch)

@@ -210,3 +210,26 @@ def test_a_store_that_does_not_answer_is_an_error_and_no_verdict(lab: Lab) -> No
     for kind in ("head", "list", "get"):
         with pytest.raises(StoreUnavailableError):
             check(lab, full=True, store=FaultyStore(lab.store, [Fault(FaultKind.ERROR, (kind,))]))
+
+
+def test_full_verify_finds_a_flip_anywhere_in_a_segment_and_says_which_points_it_harms(lab: Lab) -> None:
+    key = segments(lab, 1)[0]
+    size = lab.store.head(key).size
+    for at in [*range(0, 64, 3), *range(64, size - 64, max(1, size // 40)), *range(size - 600, size, 7)]:
+        flip(lab, key, at)
+        report = check(lab, full=True)
+        assert report.damaged
+        assert key in {damage.key for damage in report.segments}, at
+        for verdict in report.verdicts:
+            if verdict.restores:
+                lab.assert_restores(verdict.point)
+        flip(lab, key, at)
+    assert not check(lab, full=True).damaged
+
+
+def test_what_points_share_is_read_once(lab: Lab) -> None:
+    recording = RecordingStore(lab.store)
+    assert not check(lab, full=True, store=recording).damaged
+    fetched = [request for request in recording.requests if request.kind == "get" and "/segments/" in request.key]
+    stored = sum(lab.store.head(key).size for point in (1, 2, 3) for key in segments(lab, point))
+    assert sum(request.size for request in fetched) < 2 * stored  # once whole, once frame by frame
