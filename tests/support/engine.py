@@ -20,6 +20,7 @@ from replica.restore import PointReader
 from replica.source import OpenDisk, open_for_reading
 from replica.stores.memory import MemoryStore
 from replica.stores.store import Store
+from replica.vault import Vault
 from replica.workers import Workers
 from vhdx.disk import Extents, ReadableBuffer
 
@@ -169,8 +170,12 @@ def make_lab(
     host: Host | None = None,
     name: str = "web 1",
     tenant: str = catalog.DEFAULT_TENANT,
+    vault: Vault | None = None,
 ) -> Lab:
-    """Write the disks as raw files into ``folder``, make the store one, and protect them as a VM."""
+    """Write the disks as raw files into ``folder``, make the store one, and protect them as a VM.
+
+    With ``vault``, which stands before ``store``, it is encrypted.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = tuple(folder / f"disk{number}.img" for number in range(len(disks)))
     for path, data in zip(paths, disks, strict=True):
@@ -178,7 +183,7 @@ def make_lab(
     made_store: Store = MemoryStore("lab") if store is None else store
     made_host = host or make_host(folder / "state")
     catalog.init_store(made_store, made_host)
-    found, _ = protection.protect(made_store, made_host, tenant=tenant, name=name, disks=paths)
+    found, _ = protection.protect(made_store, made_host, tenant=tenant, name=name, disks=paths, vault=vault)
     return Lab(folder, made_store, made_host, found, paths)
 
 
