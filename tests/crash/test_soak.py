@@ -1,0 +1,387 @@
+"""Seeded random schedules: two agents in turns, crashes, faults, clocks that jump, disks written to, old points pruned.
+
+Whatever happens, every point that is listed restores byte for byte to what the disks were when it was taken, no point
+that was reported is missing unless pruned, and in the end a cycle that nobody disturbs succeeds.
+
+GODWIT_SOAK says how many schedules to run, GODWIT_SOAK_FIRST from which seed on; GODWIT_SOAK_SEED runs that one alone.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from replica import catalog, cycle, garbage, history, pins, prune, retention, verify
+from replica.catalog import ProtectedVm
+from replica.errors import GodwitError, LeaseHeldError, LeaseLostError, UsageError
+from replica.host import Host
+from replica.lease import TERM
+from replica.model import Point
+from replica.protection import protect, update
+from replica.source import open_for_reading
+from replica.stores.memory import MemoryStore
+from replica.stores.retry import Patience, ResilientStore
+from replica.stores.store import ObjectInfo, Store
+from replica.workers import Workers
+from tests.support.engine import BLOCK, FakeClock, make_host, random_blocks, restore_disk
+from tests.support.store_doubles import Fault, FaultKind, FaultyStore, SimulatedCrash
+from tests.support.turns import Agent, GatedStore, InlineExecutor
+from vhdx.disk import Disk
+from vhdx.errors import DiskError
+
+SCHEDULES = int(os.environ.get("GODWIT_SOAK", "200"))
+FIRST = int(os.environ.get("GODWIT_SOAK_FIRST", "0"))
+ONE_SEED = os.environ.get("GODWIT_SOAK_SEED")
+SHARES = 4
+EVENTS = 45
+MOST_BLOCKS = 10
+WORKERS = Workers(threads=1, uploads=1)
+RULE = retention.parse("all:10m,last:2,hourly:2")
+
+
+class _LaggingStore(MemoryStore):
+    """A store whose listings of a VM may lack the object created last, and show the one that was deleted last."""
+
+    def __init__(self) -> None:
+        super().__init__("soak")
+        self.lags = False
+        self.created = ""
+        self.deleted: ObjectInfo | None = None
+
+    def create(self, key: str, data: bytes | bytearray | memoryview) -> str:
+        tag = super().create(key, data)
+        self.created = key
+        return tag
+
+    def delete(self, key: str) -> None:
+        self.deleted = next((info for info in super().list(key) if info.key == key), self.deleted)
+        super().delete(key)
+
+    def list(self, prefix: str, *, start_after: str = "") -> Iterator[ObjectInfo]:
+        found = {info.key: info for info in super().list(prefix, start_after=start_after)}
+        if self.lags and "/vms/" in prefix:
+            found.pop(self.created, None)
+            ghost = self.deleted
+            if ghost is not None and ghost.key.startswith(prefix) and ghost.key > start_after:
+                found[ghost.key] = ghost
+        return iter([found[key] for key in sorted(found)])
+
+
+class _Job:
+    """What an agent was told to do, and what came of it."""
+
+    def __init__(self, name: str, host: Host) -> None:
+        self.name = name
+        self.host = host
+        self.read: dict[Path, bytes] = {}  # the disks as they were when a cycle opened them
+        self.point: Point | None = None
+        self.pinned: int | None = None
+        self.is_disturbed = False  # by faults, another agent, or whoever writes to the disks
+
+
+class Schedule:
+    """One random schedule and all that must hold of it."""
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        self.draw = random.Random(seed)
+        self.folder = folder
+        self.store = _LaggingStore()
+        self.hosts = [make_host(folder / f"state{n}", name=f"host-{n}", clock=FakeClock()) for n in range(2)]
+        self.paths = [folder / f"disk{n}.img" for n in range(2)]
+        self.agents: list[tuple[Agent, _Job] | None] = [None, None]
+        self.published: dict[int, dict[Path, bytes]] = {}  # what is in the store: point → disk file → content
+        self.reported: set[int] = set()  # points that a cycle returned
+        self.pruned: set[int] = set()
+        self.pinned: set[int] = set()
+        self.outcomes: Counter[str] = Counter()
+        self.stamp_ns = 1_000_000_000
+        folder.mkdir()
+        for path in self.paths:
+            path.write_bytes(random_blocks(self.draw.randrange(1000), self.draw.randint(1, MOST_BLOCKS)))
+        catalog.init_store(self.store, self.hosts[0])
+        self.found, _ = protect(self.store, self.hosts[0], tenant="default", name="vm", disks=self.paths)
+
+    # --- what happens
+
+    def run(self) -> None:
+        for _ in range(EVENTS):
+            self._event()
+        for turn in range(len(self.agents)):
+            while self.agents[turn] is not None:
+                self._let_go_on(turn, 1000)
+        self.store.lags = False
+        self._check_points()
+        self._finish_cleanly()
+
+    def _event(self) -> None:
+        self.store.lags = self.draw.random() < 0.1
+        event = self.draw.choices(
+            [self._work, self._write_to_a_disk, self._let_time_pass, self._jump, self._kill, self._check_points],
+            [60, 12, 14, 5, 6, 3],
+        )[0]
+        event()
+
+    def _work(self) -> None:
+        turn = self.draw.randrange(len(self.agents))
+        if self.agents[turn] is None:
+            self._start(turn)
+        self._let_go_on(turn, self.draw.choice([1, 2, 3, 5, 8, 1000, 1000]))
+
+    def _kill(self) -> None:
+        turn = self.draw.randrange(len(self.agents))
+        at_work = self.agents[turn]
+        if at_work is not None:
+            self._others_are_disturbed(turn)
+            at_work[0].kill(applied=self.draw.random() < 0.5)
+            self._settle(turn)
+
+    def _let_time_pass(self) -> None:
+        seconds = self.draw.choice([1, 30, 61, 200, TERM.total_seconds() + 1, 3700, 9000])
+        for host in self.hosts:
+            self._clock(host).advance(seconds)
+
+    def _jump(self) -> None:
+        self._clock(self.draw.choice(self.hosts)).jump(self.draw.choice([-3600, 3600]))
+
+    def _write_to_a_disk(self) -> None:
+        path = self.draw.choice(self.paths)
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            match self.draw.randrange(8):
+                case 0:
+                    file.truncate(512 * self.draw.randint(1, MOST_BLOCKS * BLOCK // 512))
+                case 1 | 2:
+                    offset = self.draw.randrange(size)
+                    file.seek(offset)
+                    file.write(bytes(min(size - offset, self.draw.randint(1, 4 * BLOCK))))
+                case _:
+                    offset = self.draw.randrange(size)
+                    file.seek(offset)
+                    data = random_blocks(self.draw.randrange(40), 2)
+                    file.write(data[: min(size - offset, self.draw.randint(1, 2 * BLOCK))])
+        # No two changes at one time, however coarse the file system's times are.
+        self.stamp_ns += 1_000_000_000
+        os.utime(path, ns=(self.stamp_ns, self.stamp_ns))
+        for at_work in self.agents:
+            if at_work is not None:
+                at_work[1].is_disturbed = True
+
+    @staticmethod
+    def _clock(host: Host) -> FakeClock:
+        assert isinstance(host.clock, FakeClock)
+        return host.clock
+
+    # --- agents
+
+    def _start(self, turn: int) -> None:
+        # Now and then the second process of one machine.
+        host = self.hosts[turn if self.draw.random() < 0.8 else 1 - turn]
+        names = ["replicate", "update", "prune", "pin", "collect", "verify"]
+        job = _Job(self.draw.choices(names, [60, 6, 10, 6, 14, 4])[0], host)
+        work: Callable[[Store, _Job], None] = getattr(self, f"_{job.name}")
+        stores: list[Store] = []
+        agent = Agent(f"{job.name} on {host.host_name}", lambda: work(stores[0], job))
+        stores.append(self._way_to_the_store(agent, job))
+        self.agents[turn] = agent, job
+        job.is_disturbed |= self.agents[1 - turn] is not None
+        agent.start()
+
+    def _way_to_the_store(self, agent: Agent, job: _Job) -> Store:
+        store: Store = GatedStore(self.store, agent, lambda kind, key: self._note(kind, key, job))
+        if self.draw.random() < 0.5:
+            job.is_disturbed = True
+            chance = self.draw.choice([0.02, 0.1, 0.3])
+            kinds = self.draw.sample(list(FaultKind), self.draw.randint(1, 4))
+            faults = [Fault(kind, probability=chance) for kind in kinds]
+            store = FaultyStore(store, faults, seed=self.draw.randrange(1000))
+        if self.draw.random() < 0.7:
+            clock = self._clock(job.host)
+            store = ResilientStore(
+                store,
+                Patience(attempts=self.draw.choice([2, 4, 8])),
+                sleep=clock.advance,
+                clock=clock.monotonic,
+                chance=self.draw.random,
+            )
+        return store
+
+    def _let_go_on(self, turn: int, requests: int) -> None:
+        at_work = self.agents[turn]
+        assert at_work is not None
+        self._others_are_disturbed(turn)
+        if not at_work[0].is_over:
+            at_work[0].go_on(requests)
+        if at_work[0].is_over:
+            self._settle(turn)
+
+    def _others_are_disturbed(self, turn: int) -> None:
+        for number, at_work in enumerate(self.agents):
+            if number != turn and at_work is not None:
+                at_work[1].is_disturbed = True
+
+    def _note(self, kind: str, key: str, job: _Job) -> None:
+        """Keep account of the points in the store, request by request."""
+        if not key.startswith(self.found.keys.manifests) or kind not in ("create", "delete"):
+            return
+        number = int(key.removeprefix(self.found.keys.manifests).removesuffix(".json"))
+        if kind == "delete":
+            assert job.name == "prune", f"{job.name} deleted point {number}"
+            assert any(number < other for other in self.published.keys() - self.pruned), "the newest point was pruned"
+            self.pruned.add(number)
+        elif isinstance(history.read(self.store, self.found.keys, number), Point):
+            self.pruned.discard(number)  # pinned at the last moment, and put back
+            if number not in self.published:
+                assert job.name == "replicate"
+                self.published[number] = dict(job.read)
+
+    def _settle(self, turn: int) -> None:
+        """Judge how an agent ended."""
+        at_work, self.agents[turn] = self.agents[turn], None
+        assert at_work is not None
+        agent, job = at_work
+        error = agent.error
+        self.outcomes[f"{job.name}: {type(error).__name__ if error else 'done'}"] += 1
+        if error is not None:
+            expected = (SimulatedCrash,) if agent.died else (GodwitError, DiskError)
+            if not isinstance(error, expected):
+                raise error
+            if not job.is_disturbed and not agent.died and not isinstance(error, LeaseHeldError | UsageError):
+                raise error
+        if job.point is not None:
+            self.reported.add(job.point.point)
+        if job.pinned is not None:
+            self.pinned.add(job.pinned)
+
+    # --- jobs
+
+    def _replicate(self, store: Store, job: _Job) -> None:
+        def open_disk(path: Path) -> Disk:
+            job.read[path] = path.read_bytes()
+            return open_for_reading(path)
+
+        job.point = cycle.replicate(store, job.host, self._find(store), workers=WORKERS, open_disk=open_disk)
+
+    def _update(self, store: Store, job: _Job) -> None:
+        chosen = self.paths[: self.draw.randint(1, 2)]
+        update(store, job.host, self._find(store), disks=chosen)
+
+    def _prune(self, store: Store, job: _Job) -> None:
+        prune.prune(store, job.host, self._find(store), rule=RULE)
+
+    def _pin(self, store: Store, job: _Job) -> None:
+        number = self.draw.choice(sorted(self.published) or [1])
+        job.pinned = pins.pin(store, job.host, self._find(store), number).point
+
+    def _collect(self, store: Store, job: _Job) -> None:
+        references = garbage.survey(store, "default", workers=WORKERS)
+        grace = self.draw.choice([garbage.GRACE, timedelta(minutes=10)])
+        garbage.collect(store, job.host, self._find(store), references, grace=grace, workers=WORKERS)
+
+    def _verify(self, store: Store, job: _Job) -> None:
+        verify.verify(store, job.host, self._find(store), full=self.draw.random() < 0.5, workers=WORKERS)
+
+    @staticmethod
+    def _find(store: Store) -> ProtectedVm:
+        return catalog.find(store, "default", "vm")
+
+    # --- what must hold
+
+    def _check_points(self) -> None:
+        lags, self.store.lags = self.store.lags, False
+        listed = list(history.points(self.store, self.found.keys))
+        for one in listed:
+            assert isinstance(one, Point), one
+            self._check_point(one)
+        points = [one for one in listed if isinstance(one, Point)]
+        numbers = {one.point for one in points}
+        assert numbers == self.published.keys() - self.pruned
+        assert not (self.pinned | self.reported) - numbers - (self.pruned - self.pinned), "points were lost"
+        epochs = [one.epoch for one in points]
+        assert epochs == sorted(set(epochs))
+        self.store.lags = lags
+
+    def _check_point(self, point: Point) -> None:
+        held = self.published[point.point]
+        assert {Path(disk.source["files"]) for disk in point.disks} == held.keys()
+        elsewhere = make_host(name="elsewhere")
+        for disk in point.disks:
+            restored = restore_disk(self.store, elsewhere, self.found, point, disk.number)
+            assert restored == held[Path(disk.source["files"])], f"{disk.name} of point {point.point}"
+
+    def _finish_cleanly(self) -> None:
+        """Once leases have run out, whatever the clocks did: every kind of work succeeds, and nothing is lost by it."""
+        for host in self.hosts:
+            self._clock(host).advance(24 * 3600)
+        for turn, name in enumerate(["replicate", "collect", "prune", "collect", "replicate", "collect"]):
+            self._write_to_a_disk()
+            for host in self.hosts:
+                self._clock(host).advance(5400)
+            job = _Job(name, self.hosts[turn % 2])
+            work: Callable[[Store, _Job], None] = getattr(self, f"_{name}")
+            work(_Noted(self, job), job)
+            if job.point is not None:
+                self.reported.add(job.point.point)
+        self._check_points()
+        report = verify.verify(self.store, self.hosts[0], self.found, full=True, workers=WORKERS)
+        assert not report.damaged, report
+
+
+class _Noted(GatedStore):
+    """A way to the store without gates: only account is kept."""
+
+    def __init__(self, schedule: Schedule, job: _Job) -> None:
+        agent = Agent("undisturbed", lambda: None)
+        agent.allow(1 << 60)
+        super().__init__(schedule.store, agent, lambda kind, key: schedule._note(kind, key, job))
+
+
+@pytest.fixture(autouse=True)
+def _small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let few blocks cross the borders of everything, and do all work in the thread that asks for it."""
+    for module in ("cycle", "restore", "verify", "garbage"):
+        monkeypatch.setattr(f"replica.{module}.ThreadPoolExecutor", InlineExecutor)
+    for name, value in (
+        ("packer.SEGMENT_FRAMES", 3),
+        ("packer.WAITING_ENTRIES", 7),
+        ("scan.BATCH_BLOCKS", 3),
+        ("scan.WINDOW_BLOCKS", 8),
+        ("maptable.PAGE_ENTRIES", 4),
+        ("maptable.PART_ENTRIES", 7),
+        ("blockmap.MERGE_MAPS", 3),
+        ("blockmap.LEVEL_ZERO_ENTRIES", 2),
+        ("blockmap.WINDOW_BLOCKS", 8),
+        ("garbage.BATCH_OBJECTS", 3),
+        ("prune.BATCH_POINTS", 2),
+    ):
+        monkeypatch.setattr(f"replica.{name}", value)
+
+
+def _seeds(share: int) -> Iterator[int]:
+    if ONE_SEED is not None:
+        return iter([int(ONE_SEED)] if share == 0 else [])
+    return iter(range(FIRST + share, FIRST + SCHEDULES, SHARES))
+
+
+@pytest.mark.parametrize("share", range(SHARES))
+def test_every_point_restores_whatever_the_schedule(share: int, tmp_path: Path) -> None:
+    outcomes: Counter[str] = Counter()
+    for seed in _seeds(share):
+        schedule = Schedule(seed, tmp_path / str(seed))
+        try:
+            schedule.run()
+        except Exception as error:
+            pytest.fail(f"schedule {seed} failed (GODWIT_SOAK_SEED={seed} runs it again): {error!r}")
+        outcomes += schedule.outcomes
+        shutil.rmtree(schedule.folder)
+    print("\n".join(f"{count:6} {outcome}" for outcome, count in sorted(outcomes.items())))
+    if ONE_SEED is None:
+        # The schedules are worth running only as long as all of this happens in them.
+        for outcome in ("replicate: done", "replicate: SimulatedCrash", f"replicate: {LeaseLostError.__name__}"):
+            assert outcomes[outcome] >= SCHEDULES / SHARES / 10, outcomes
