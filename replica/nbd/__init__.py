@@ -1,0 +1,1 @@
+"""Reading disks over the NBD protocol: what goes over the wire, a connection, and a disk behind several of them."""
