@@ -12,8 +12,10 @@ from replica.errors import GodwitError, LeaseHeldError, LeaseLostError
 from replica.host import Host
 from replica.lease import TERM
 from replica.model import Point
+from replica.stores.memory import MemoryStore
 from replica.stores.retry import Patience, ResilientStore
 from replica.stores.store import Store
+from tests.support.encryption import encrypted_lab
 from tests.support.engine import BLOCK, FakeClock, Lab, make_host, make_lab, random_blocks
 from tests.support.store_doubles import CrashingStore, CrashMode, RecordingStore, SimulatedCrash, crash_points
 
@@ -28,9 +30,10 @@ def _small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("replica.scan.BATCH_BLOCKS", 2)
 
 
-def _lab(folder: Path) -> Lab:
+def _lab(folder: Path, *, encrypted: bool = False) -> Lab:
     """Return a VM of two disks with one point, changed since: blocks written, one zeroed, on both disks."""
-    lab = make_lab(folder, [random_blocks(1, BLOCKS), random_blocks(2, 5) + b"tail" * 128])
+    disks = [random_blocks(1, BLOCKS), random_blocks(2, 5) + b"tail" * 128]
+    lab = encrypted_lab(folder, disks, MemoryStore("lab")) if encrypted else make_lab(folder, disks)
     lab.replicate()
     _change(lab, seed=100)
     return lab
@@ -77,12 +80,16 @@ def test_a_cycle_makes_writes_enough_to_be_worth_crashing(tmp_path: Path) -> Non
     assert _writes_of_a_cycle(tmp_path) >= 7
 
 
-@pytest.mark.parametrize("successor", ["the same machine", "another machine"])
-def test_crash_at_every_write(tmp_path: Path, successor: str) -> None:
+@pytest.mark.parametrize(
+    "successor, encrypted",
+    [("the same machine", False), ("another machine", False), ("another machine", True)],
+    ids=["the same machine", "another machine", "another machine, encrypted"],
+)
+def test_crash_at_every_write(tmp_path: Path, successor: str, encrypted: bool) -> None:
     total = _writes_of_a_cycle(tmp_path / "count")
     reused = 0
     for at, mode in crash_points(total):
-        lab = _lab(tmp_path / f"{at}-{mode.value}")
+        lab = _lab(tmp_path / f"{at}-{mode.value}", encrypted=encrypted)
         first, second = lab.published[1], lab.contents()
         store = CrashingStore(lab.store, at=at, mode=mode)
         _run_until_it_ends(lab, store)

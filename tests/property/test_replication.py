@@ -17,6 +17,9 @@ from replica.hydrate import restore_files
 from replica.lease import TERM
 from replica.model import Point
 from replica.stores.memory import MemoryStore
+from replica.stores.store import Store
+from replica.vault import Vault
+from tests.support.encryption import give_key, vault_for
 from tests.support.engine import BLOCK, FakeClock, make_host, random_blocks, restore_disk
 from tests.support.store_doubles import CrashingStore, CrashMode, SimulatedCrash
 from vhdx.formats import open_disk
@@ -32,7 +35,7 @@ class Replication(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
-        self.store = MemoryStore("property")
+        self.store: Store = MemoryStore("property")
         self.clock = FakeClock()
         self.hosts = [make_host(self.folder / f"state{n}", name=f"host-{n}", clock=self.clock) for n in range(HOSTS)]
         self.disks: dict[Path, bytearray] = {}
@@ -40,11 +43,23 @@ class Replication(RuleBasedStateMachine):
         self.numbers: dict[Path, int] = {}
         self.made = 0
 
-    @initialize(blocks=st.integers(1, MOST_BLOCKS), tail=st.sampled_from([0, 512, 4096]), seed=st.integers(0, 99))
-    def protect(self, blocks: int, tail: int, seed: int) -> None:
+    @initialize(
+        blocks=st.integers(1, MOST_BLOCKS),
+        tail=st.sampled_from([0, 512, 4096]),
+        seed=st.integers(0, 99),
+        encrypted=st.booleans(),
+    )
+    def protect(self, blocks: int, tail: int, seed: int, encrypted: bool) -> None:
+        vault: Vault | None = None
+        if encrypted:
+            give_key(self.store)
+            vault = vault_for()
+            self.store = vault.around(self.store)
         path = self._new_disk(blocks * BLOCK + tail, seed)
         catalog.init_store(self.store, self.hosts[0])
-        self.vm, chosen = protection.protect(self.store, self.hosts[0], tenant="default", name="vm", disks=[path])
+        self.vm, chosen = protection.protect(
+            self.store, self.hosts[0], tenant="default", name="vm", disks=[path], vault=vault
+        )
         self.numbers = {Path(one.path): one.number for one in chosen.sources}
 
     def _new_disk(self, size: int, seed: int) -> Path:
