@@ -2,7 +2,8 @@
 
 Each command is timed from its start to its end, the start of its program included. In every round each program begins
 an empty repository with empty caches of its own; the image is in the page cache. A restored image is compared with the
-original, untimed; one that differs fails the run. Peak memory is that of a command's largest process.
+original, untimed; one that differs fails the run. Peak memory is that of a command's largest process. On a machine
+that others use too, the processor time says more than the time that passed.
 
 Peers that are not installed are left out, with a line that says so. None of them belongs to ``make setup``::
 
@@ -252,7 +253,9 @@ def _least(godwit: Figures, others: Sequence[Figures]) -> list[dict[str, Any]]:
 
 def show(title: str, document: dict[str, Any]) -> None:
     """Print the figures as a table, and where Godwit stands in each step."""
-    print(f"{title:16}{'':12}{'median s':>10}{'peak MiB':>10}{'stored MiB':>12}  times godwit: median (least to most)")
+    print(
+        f"{title:16}{'':12}{'median s':>10}{'CPU s':>8}{'peak MiB':>10}{'stored MiB':>12}  times godwit (least to most)"
+    )
     for step, heading in TITLES.items():
         for peer in document["peers"]:
             found = peer["steps"].get(step)
@@ -263,7 +266,8 @@ def show(title: str, document: dict[str, Any]) -> None:
             times = found["times_godwit"]
             beside = f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
             print(
-                f"{heading:16}{peer['name']:12}{found['median_seconds']:>10.2f}{found['peak_bytes'] / MIB:>10.0f}"
+                f"{heading:16}{peer['name']:12}{found['median_seconds']:>10.2f}"
+                f"{statistics.median(found['processor_seconds']):>8.2f}{found['peak_bytes'] / MIB:>10.0f}"
                 f"{shown:>12}  {'' if peer['name'] == 'godwit' else beside}"
             )
     for peer in document["peers"]:
