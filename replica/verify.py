@@ -132,7 +132,7 @@ class _Verification:
             try:
                 reader.restore(disk, Nowhere(), self._progress, phase="verifying", needed=self._frames.unread)
                 read_bytes += self._frames.settle()
-            except IntegrityError as error:
+            except (IntegrityError, FormatVersionError) as error:
                 self._frames.forget()
                 damage.append(Damage(error.key, f"disk {disk.number} ({disk.name}): {error}"))
         return PointVerdict(point.point, tuple(damage), verdict.objects, read_bytes)
@@ -145,7 +145,7 @@ class _Verification:
         for ref in (ref for one in point.maps for ref in one.parts):
             try:
                 refs.update(dict.fromkeys(maps.fetch(ref).segment_refs()))
-            except IntegrityError as error:
+            except (IntegrityError, FormatVersionError) as error:
                 damage.append(Damage(error.key, str(error)))
         return list(refs), damage
 
