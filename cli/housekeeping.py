@@ -128,6 +128,7 @@ def gc(
         results.append({"vm": one, "dry_run": dry_run, **_collection_document(done)})
         if done.busy:
             code = 11 if name else 3
+            output.note(f"{one}: what is due is left to a later run: {done.busy}")
         if not output.json:
             _render_collection(output, one, done, dry_run=dry_run)
     output.show(results[0] if name else {"collections": results}, lambda: None)
@@ -166,8 +167,6 @@ def _render_collection(output: Output, name: str, done: Collection, *, dry_run: 
         f"{name}: {verb} {_count(done.deleted.objects, 'object')}, {human_size(done.deleted.bytes)} reclaimed; "
         f"{_count(done.waiting.objects, 'object')}, {human_size(done.waiting.bytes)} waiting for the grace period"
     )
-    if done.busy:
-        output.note(f"{name}: the rest is left to a later run: {done.busy}")
 
 
 @click.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +17,7 @@ from replica.lease import TERM
 from replica.mapstore import MapStore
 from replica.maptable import MapWriter, SegmentTable
 from replica.model import MapPartRef, MapRef, Point
-from replica.stores.store import Store
+from replica.stores.store import ObjectInfo, Store
 from tests.support.engine import WORKERS, FakeClock, Lab, make_host, make_lab, random_blocks
 from tests.support.store_doubles import Fault, FaultKind, FaultyStore, RecordingStore
 
@@ -240,6 +240,22 @@ def test_a_listing_that_lacks_the_newest_manifest_condemns_nothing_of_it(tmp_pat
     store._last_created = lab.found.keys.manifest(1)
     assert collect(lab, store=store).condemned == Amount()
     assert store.fired > 0
+
+
+def test_a_point_that_is_published_while_it_reads_is_none_of_its_business(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, [random_blocks(1, 6)])
+    lab.replicate()
+
+    class Racing(RecordingStore):
+        def list(self, prefix: str, *, start_after: str = "") -> Iterator[ObjectInfo]:
+            found = list(super().list(prefix, start_after=start_after))
+            if prefix == lab.found.keys.manifests and 2 not in lab.published:
+                lab.write(random_blocks(60, 6))
+                lab.replicate()
+            return iter(found)
+
+    assert collect(lab, store=Racing(lab.store)) == Collection(Amount(), Amount(), Amount())
+    assert 2 in lab.published
 
 
 def test_another_agent_at_work_is_left_alone_and_named(tmp_path: Path) -> None:
