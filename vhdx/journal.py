@@ -9,8 +9,10 @@ What a commit writes, and why in this order:
    header never names a log that holds no valid entry, which would make the file corrupt [MS-VHDX 2.3.3].
 4. The change is made in place, not flushed.
 
-An entry being written lies behind the one before it in the ring and never on it, so a torn entry leaves the older
-one, which replays what is in place already. ``close`` flushes and zeroes the log GUID.
+An entry being written lies behind the one before it and never on it, so a torn entry leaves the older one, which
+replays what is in place already. ``close`` flushes and zeroes the log GUID. So it is done, too, where the next entry
+would go past the end of the log, and a new log begins at its start: QEMU takes an old entry behind the newest one for
+its successor, and refuses the disk.
 """
 
 from __future__ import annotations
@@ -60,38 +62,38 @@ class Journal:
         """
         if not data_is_flushed:
             self._file.fsync()
+        entry = self._entry(writes)
+        encoded = entry.encode()
+        assert len(encoded) * 2 <= self._log_length
+        if self._next_position + len(encoded) > self._log_length:
+            self.close()
+            entry = self._entry(writes)
+            encoded = entry.encode()
+        self._file.pwrite(self._log_offset + self._next_position, encoded)
+        self._file.fsync()
+        if not self.active:
+            self._headers.set_log_guid(entry.log_guid)
+            self._guid = entry.log_guid
+        self._next_position += len(encoded)
+        self._next_sequence += 1
+        apply_writes(self._file, writes)
+
+    def _entry(self, writes: Sequence[Change]) -> LogEntry:
+        """Return the entry of the writes that comes next in the log, of a new log where none is in use."""
         size = self._file.size()
-        guid = self._guid if self.active else self._new_guid()
-        entry = LogEntry(
+        return LogEntry(
             sequence_number=self._next_sequence,
-            log_guid=guid,
+            log_guid=self._guid if self.active else self._new_guid(),
             tail=self._next_position,
             flushed_file_offset=size // MIB * MIB,
             last_file_offset=-(-max(size, *(write.end for write in writes)) // MIB) * MIB,
             writes=tuple(writes),
         )
-        encoded = entry.encode()
-        assert len(encoded) * 2 <= self._log_length
-        self._write_ring(encoded)
-        self._file.fsync()
-        if not self.active:
-            self._headers.set_log_guid(guid)
-            self._guid = guid
-        self._next_position = (self._next_position + len(encoded)) % self._log_length
-        self._next_sequence += 1
-        apply_writes(self._file, writes)
 
     def commit_all(self, writes: Sequence[Change], *, data_is_flushed: bool = False) -> None:
         """Make any number of writes true, each one sector long: in order, by as many entries as that takes."""
         for start in range(0, len(writes), MAX_ENTRY_SECTORS):
             self.commit(writes[start : start + MAX_ENTRY_SECTORS], data_is_flushed=data_is_flushed and start == 0)
-
-    def _write_ring(self, encoded: bytes) -> None:
-        room = self._log_length - self._next_position
-        view = memoryview(encoded)
-        self._file.pwrite(self._log_offset + self._next_position, view[:room])
-        if len(view) > room:
-            self._file.pwrite(self._log_offset, view[room:])
 
     def close(self) -> None:
         """Flush, and say in the headers that there is nothing to replay. The journal may be used again after."""

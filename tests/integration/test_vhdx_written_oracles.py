@@ -225,6 +225,25 @@ def test_a_child_with_trims(tmp_path: Path, sector_size: int) -> None:
 
 
 @needs_qemu
+def test_qemu_replays_a_log_that_was_full_and_begins_anew(tmp_path: Path) -> None:
+    path, victim = tmp_path / "disk.vhdx", tmp_path / "crashed.vhdx"
+    create_disk(path, size=140 * MIB, block_size=MIB)
+    with open_writable(path) as disk:
+        for block in range(140):  # two sectors of the log each, which has 256
+            disk.write_at(block * MIB, b"%d" % (block + 1))
+            disk.flush()
+            if block not in (126, 127, 128, 129):
+                continue
+            shutil.copyfile(path, victim)
+            repair: list[str | Path] = ["qemu-img", "check", "-q", "-f", "vhdx", "-r", "all", victim]
+            done = subprocess.run(repair, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, (block, done.stderr)
+            with open_vhdx(victim) as after:
+                assert after.image.replay is None
+                assert after.read_at(0, block * MIB + 9) == disk.read_at(0, block * MIB + 9), block
+
+
+@needs_qemu
 def test_qemu_replays_the_logs_that_crashes_leave_as_we_do(tmp_path: Path) -> None:
     source, crashed = tmp_path / "source", tmp_path / "crashed"
     source.mkdir()

@@ -392,6 +392,24 @@ def test_a_grown_child_merges_into_a_grown_parent(child_path: Path, tmp_path: Pa
     assert not child_path.exists()
 
 
+def test_a_full_log_is_emptied_and_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "disk.vhdx"
+    create_disk(path, size=140 * MIB, block_size=MIB)
+    seen = []
+    with open_writable(path) as disk:
+        for block in range(140):  # two sectors of the log each, which has 256
+            disk.write_at(block * MIB, b"%d" % block)
+            disk.flush()
+            with open_vhdx(path) as crashed:
+                assert crashed.read_at(block * MIB, 3) == (b"%d" % block).ljust(3, b"\0")
+                replay = crashed.image.replay
+                assert replay is not None
+                seen.append((replay.log_guid, [entry.position for entry in replay.entries], replay.torn))
+    assert len({guid for guid, _, _ in seen}) == 2
+    assert [positions for _, positions, _ in seen] == [[block % 128 * 8192] for block in range(140)]
+    assert not any(torn for _, _, torn in seen)
+
+
 def test_merging_refuses_a_parent_with_other_children(child_path: Path, tmp_path: Path) -> None:
     create_disk(tmp_path / "other.vhdx", parent=tmp_path / "parent.vhdx")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
