@@ -21,7 +21,7 @@ from replica.host import Host
 from replica.keys import PartId, VmKeys, part_of, point_of
 from replica.mapstore import MapStore
 from replica.maptable import SegmentRef
-from replica.model import MapPartRef, Point
+from replica.model import Fence, MapPartRef, Point
 from replica.pipeline import ordered
 from replica.stores.store import Store
 from replica.workers import Workers
@@ -101,17 +101,24 @@ class References:
         if newest is not None and (keys.vm_id, newest.point) not in self._manifests:
             self._manifests.add((keys.vm_id, newest.point))
             yield newest
-        for info in self._store.list(keys.manifests):
-            number = point_of(info.key)
-            if number is None or (keys.vm_id, number) in self._manifests:
-                continue
-            try:
-                manifest = history.read(self._store, keys, number)
-            except ObjectMissingError:  # pruned
-                continue
-            self._manifests.add((keys.vm_id, number))
-            if isinstance(manifest, Point):
-                yield manifest
+        listed = (point_of(info.key) for info in self._store.list(keys.manifests))
+        unseen = [n for n in listed if n is not None and (keys.vm_id, n) not in self._manifests]
+        if not unseen:
+            return
+        with ThreadPoolExecutor(self._workers.uploads, "manifests") as pool:
+            results = ordered(pool, lambda n: self._read(keys, n), unseen, limit=self._workers.uploads * 4)
+            with closing(results):
+                for manifest in results:
+                    if manifest is not None:
+                        self._manifests.add((keys.vm_id, manifest.point))
+                    if isinstance(manifest, Point):
+                        yield manifest
+
+    def _read(self, keys: VmKeys, number: int) -> Point | Fence | None:
+        try:
+            return history.read(self._store, keys, number)
+        except ObjectMissingError:  # pruned
+            return None
 
     def _follow(self, keys: VmKeys, points: list[Point]) -> None:
         namers: dict[MapPartRef, list[int]] = {}
