@@ -1,8 +1,9 @@
 """Files as the operating system gives them: positional reads and writes, holes, locks and durable names.
 
-This is the one module that knows which calls a system has. Above it, a file is the ``File`` protocol and a file
-system the ``Files`` protocol; tests put other implementations behind both. Two files are at hand: ``PosixFile``
-(pread, pwrite, SEEK_DATA, hole punching, flock) and ``PortableFile`` (a lock around seek and read; Windows uses it).
+This module, with ``oslock`` beside it, is the one place that knows which calls a system has. Above it, a file is the
+``File`` protocol and a file system the ``Files`` protocol; tests put other implementations behind both. Two files are
+at hand: ``PosixFile`` (pread, pwrite, SEEK_DATA, hole punching) and ``PortableFile`` (a lock around seek and read;
+Windows uses it).
 
 Every OSError becomes a ``vhdx.errors.OsError`` that names the path, with a hint where one is known; the OSError stays
 its ``__cause__``, so that a caller can look at ``errno``.
@@ -23,12 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from vhdx.errors import DiskBusyError, OsError, OutOfRangeError, ReadOnlyError
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
+from vhdx.errors import OsError, OutOfRangeError, ReadOnlyError
+from vhdx.oslock import lock_for_writing
 
 ReadableBuffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -38,7 +35,6 @@ FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 RENAME_NOREPLACE = 0x01
 AT_FDCWD = -100
-LOCKED_BYTE = 1 << 62  # Windows locks byte ranges and enforces them: one far past any image's end hides no data
 
 HINTS = {
     errno.ENOSPC: "free some space on that file system, or choose another folder",
@@ -424,40 +420,19 @@ def _rename_no_replace(source: Path, target: Path) -> bool | None:
     return False if ctypes.get_errno() == errno.EEXIST else None
 
 
-def _take_lock(descriptor: int, path: Path) -> None:
-    """Lock the open file for its one writer, without waiting; the lock ends when the file is closed.
-
-    flock and not POSIX record locks: those are lost when the process closes any other descriptor of the file.
-    """
-    try:
-        if sys.platform == "win32":
-            # Seeking back is not needed: every later call seeks first.
-            os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            raise DiskBusyError(
-                "another writer has the file open", path=str(path), hint="wait until it is done, or stop it"
-            ) from error
-        if error.errno in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
-            return  # a file system without locks: the lock is advisory, and going without is what it offers
-        raise os_error(error, path, "lock the file") from error
-
-
 def open_file(path: Path | str, *, writable: bool = False, create: bool = False, lock: bool = True) -> File:
     """Open a file for positional access; with ``create`` a new one, which must not exist yet (and is writable).
 
-    A writable file is locked against other writers unless ``lock`` is False; readers take no lock.
-    Raises OsError, and DiskBusyError where another writer has it.
+    A writable file is locked against other writers, QEMU among them, unless ``lock`` is False; readers take no lock.
+    Raises OsError, and DiskBusyError where another program has it.
     """
     path = Path(path)
     writable = writable or create
     file = _new_file(path, writable=writable, create=create)
     if writable and lock:
         try:
-            _take_lock(file.descriptor, path)
+            with translated(path, "lock the file"):
+                lock_for_writing(file.descriptor, path)
         except BaseException:
             file.close()
             raise

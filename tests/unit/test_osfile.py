@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
+import shutil
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -199,6 +203,62 @@ def test_only_one_writer_at_a_time_and_readers_beside_it(tmp_path: Path) -> None
     open_file(tmp_path / "a", writable=True, lock=False).close()
     first.close()
     open_file(tmp_path / "a", writable=True).close()
+
+
+@pytest.fixture
+def qemu_io() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Open images in QEMU, which has them until the test is over."""
+    program = shutil.which("qemu-io")
+    if program is None or sys.platform != "linux":
+        pytest.skip("qemu-io is not installed")
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
+            pipe = subprocess.PIPE
+            command = [program, "-f", "raw", *arguments]
+            process = subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with contextlib.suppress(BrokenPipeError):  # it has given up already
+                process.stdin.write(b"read 0 512\n")
+            process.stdout.read(8)  # it has answered, so it has opened the image, or has given up
+            return process
+
+        yield start
+
+
+def test_a_disk_that_qemu_has_open_is_not_written_to(
+    tmp_path: Path, qemu_io: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    (tmp_path / "a").write_bytes(bytes(65536))
+    machine = qemu_io(tmp_path / "a")
+    with pytest.raises(DiskBusyError, match="QEMU") as caught:
+        open_file(tmp_path / "a", writable=True)
+    assert caught.value.hint
+    assert "machine" in caught.value.hint
+    open_file(tmp_path / "a").close()
+    machine.kill()
+    machine.wait()
+    open_file(tmp_path / "a", writable=True).close()
+
+
+def test_a_disk_that_is_being_written_to_is_not_opened_by_qemu(
+    tmp_path: Path, qemu_io: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    (tmp_path / "a").write_bytes(bytes(65536))
+    file = open_file(tmp_path / "a", writable=True)
+    (tmp_path / "other").touch()
+    open_file(tmp_path / "other", writable=True).close()  # POSIX record locks would not outlive such a close
+    open_file(tmp_path / "a").close()
+    machine = qemu_io(tmp_path / "a")
+    assert machine.stderr is not None
+    assert b"lock" in machine.stderr.read()
+    assert machine.wait()
+    file.close()
+    machine = qemu_io(tmp_path / "a")
+    assert machine.poll() is None
 
 
 def test_replacing_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
