@@ -60,7 +60,8 @@ def init(output: Output, passphrase: bool, key_file: Path | None, key_command: s
     Without an option it is opened by the key that is given otherwise. Afterwards VMs can be protected with --encrypt.
     Without the key nothing that is encrypted can ever be restored: keep it, or a recovery kit, apart from the store.
     """
-    secret = _new_secret(passphrase, key_file, key_command, keysource.PASSPHRASE_VARIABLE) or session.secret()
+    secret = _new_secret(passphrase, key_file, key_command, keysource.PASSPHRASE_VARIABLE)
+    secret = secret or session.secret(is_new=True)
     if secret is None:
         raise click.UsageError("say --passphrase, --key-file FILE or --key-command COMMAND")
     tenant = session.configuration.tenant

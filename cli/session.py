@@ -47,9 +47,12 @@ class Session:
         threads = workers.threads + workers.uploads
         return open_store(address, create=create, workers=threads, around=self.vault.around)
 
-    def secret(self) -> Secret | None:
-        """Return what opens the tenant's key, or None where nothing was given. Raises TenantKeyError."""
-        return given_secret(self.configuration)
+    def secret(self, *, is_new: bool = False) -> Secret | None:
+        """Return what opens the tenant's key, or None where nothing was given. Raises TenantKeyError.
+
+        ``is_new``: it is about to become the key, so that a passphrase is asked for twice.
+        """
+        return given_secret(self.configuration, is_new=is_new)
 
     def vm(self, store: Store, name: str) -> ProtectedVm:
         """Find a protected VM. Raises UsageError."""
@@ -80,9 +83,9 @@ def store_options(function: Function) -> Function:
     return decorated  # type: ignore[no-any-return]
 
 
-def given_secret(loaded: Configuration) -> Secret | None:
+def given_secret(loaded: Configuration, *, is_new: bool = False) -> Secret | None:
     """Return what opens the tenant's key: given beforehand, or asked for on a terminal. Raises TenantKeyError."""
-    return keysource.given_secret(loaded, os.environ, ask_passphrase)
+    return keysource.given_secret(loaded, os.environ, lambda question: ask_passphrase(question, confirm=is_new))
 
 
 def ask_passphrase(question: str, *, confirm: bool = False) -> str | None:

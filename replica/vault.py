@@ -32,11 +32,12 @@ VM_KIND: Final = "vm"
 class Vault:
     """The keys of one process: the tenants' master keys, opened when first needed, and the VMs' data keys.
 
-    ``secret`` is asked at most once for each tenant. With ``require`` no VM passes that is not encrypted.
+    ``secret`` is asked for once, when it is first needed. With ``require`` no VM passes that is not encrypted.
     """
 
     def __init__(self, secret: Callable[[], Secret | None], *, require: bool = False) -> None:
-        self._secret = secret
+        self._ask = secret
+        self._secret: list[Secret | None] = []  # once it was asked for
         self.require = require
         self._masters: dict[str, bytes] = {}
         self._data_keys: dict[VmKeys, bytes] = {}  # of VMs that were made here and are not in the store yet
@@ -51,7 +52,9 @@ class Vault:
         """Return the tenant's master key. Raises TenantKeyError."""
         with self._lock:
             if tenant not in self._masters:
-                self._masters[tenant] = tenantkey.open_master(store, tenant, self._secret())
+                if not self._secret:
+                    self._secret.append(self._ask())
+                self._masters[tenant] = tenantkey.open_master(store, tenant, self._secret[0])
             return self._masters[tenant]
 
     def admit(self, store: Store, vm_keys: VmKeys) -> None:

@@ -16,7 +16,9 @@ from replica.model import Point
 from replica.stores.address import open_store
 from replica.stores.probe import probe_store
 from replica.stores.store import Store
+from replica.vault import Vault
 from replica.verify import verify
+from tests.support.encryption import give_key, vault_for
 from tests.support.engine import BLOCK, WORKERS, make_host, make_lab, random_blocks
 from tests.support.servers import S3Server
 
@@ -27,22 +29,31 @@ KINDS = (
 )
 
 
+@pytest.fixture(params=[False, True], ids=["in clear", "encrypted"])
+def vault(request: pytest.FixtureRequest) -> Vault | None:
+    return vault_for() if request.param else None
+
+
 @pytest.fixture(params=KINDS)
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+def store(request: pytest.FixtureRequest, tmp_path: Path, vault: Vault | None) -> Iterator[Store]:
     if request.param == "s3":
         server: S3Server = request.getfixturevalue("seaweedfs")
         address = server.url(f"replication/{secrets.token_hex(6)}")
     else:
         address = f"memory:{secrets.token_hex(6)}" if request.param == "memory" else str(tmp_path / "store")
-    opened = open_store(address, create=True)
+    opened = open_store(address, create=True, around=vault.around if vault else None)
+    if vault:
+        give_key(opened)
     yield opened
     opened.close()
 
 
-def test_a_vm_is_replicated_and_restored_over_every_store(store: Store, tmp_path: Path) -> None:
+def test_a_vm_is_replicated_and_restored_over_every_store(store: Store, vault: Vault | None, tmp_path: Path) -> None:
     probe_store(store)
     disks = [random_blocks(1, 40) + bytes(BLOCK * 5) + b"tail" * 128, bytes(BLOCK * 9)]
-    lab = make_lab(tmp_path / "vm", disks, store=store, host=make_host(tmp_path / "state"), name="größe 1/2")
+    lab = make_lab(
+        tmp_path / "vm", disks, store=store, host=make_host(tmp_path / "state"), name="größe 1/2", vault=vault
+    )
     first = lab.replicate()
     lab.patch(7 * BLOCK - 5, b"over the edge of a block")
     lab.patch(3 * BLOCK, random_blocks(9, 1), 1)

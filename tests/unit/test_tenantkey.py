@@ -175,6 +175,16 @@ def test_a_rotation_cut_off_at_every_write_leaves_a_way_in_and_can_be_repeated()
         assert [_opens(store, one, master) for one in (SECRET, PHRASE, OTHER_SECRET)] == [False, False, True]
 
 
+def test_while_a_rotation_is_not_finished_both_secrets_open_the_key() -> None:
+    store = MemoryStore()
+    tenantkey.init(store, HOST, "t", SECRET)
+    old = store.get(keys.tenant_key("t", 1))
+    tenantkey.rotate(store, HOST, "t", SECRET, PHRASE)
+    store.create(keys.tenant_key("t", 1), old)
+    assert tenantkey.open_master(store, "t", SECRET) == tenantkey.open_master(store, "t", PHRASE)
+    assert [one.number for one in tenantkey.list_keys(store, "t")] == [2, 1]
+
+
 def _opens(store: MemoryStore, secret: Secret, master: bytes) -> bool:
     try:
         return tenantkey.open_master(store, "t", secret) == master

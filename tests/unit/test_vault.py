@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,21 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replica import catalog, cycle, history, keys, lease, packer, protection, record, verify
+from replica import (
+    catalog,
+    cycle,
+    garbage,
+    history,
+    keys,
+    lease,
+    packer,
+    pins,
+    protection,
+    prune,
+    record,
+    retention,
+    verify,
+)
 from replica.catalog import ProtectedVm
 from replica.errors import (
     ConfigurationError,
@@ -31,8 +47,10 @@ from replica.protection import MachineWishes
 from replica.stores.memory import MemoryStore
 from replica.stores.retry import Patience, ResilientStore
 from replica.stores.store import ObjectInfo, Store
+from replica.tenantkey import Secret
+from replica.vault import Vault
 from tests.support.encryption import OTHER_SECRET, SECRET, encrypted_lab, give_key, sealed, vault_for
-from tests.support.engine import BLOCK, WORKERS, Lab, make_host, make_lab, random_blocks, restore_disk
+from tests.support.engine import BLOCK, WORKERS, FakeClock, Lab, make_host, make_lab, random_blocks, restore_disk
 from tests.support.store_doubles import RecordingStore
 
 ELSEWHERE = make_host(name="elsewhere")
@@ -470,6 +488,25 @@ def test_the_vault_must_stand_before_the_store(tmp_path: Path) -> None:
         make_lab(tmp_path, [random_blocks(1, 1)], store=beneath, vault=vault_for())
 
 
+def test_pruning_pinning_and_garbage_collection_work_behind_a_vault(tmp_path: Path) -> None:
+    lab, beneath = written(tmp_path)
+    pins.pin(lab.store, lab.host, lab.found, 1, "the auditors' copy")
+    done = prune.prune(lab.store, lab.host, lab.found, rule=retention.parse("last:1"))
+    assert [one.point for one in done.removed] == [2]
+    for grace in (timedelta(), timedelta(), timedelta()):
+        references = garbage.survey(lab.store, "default")
+        garbage.collect(lab.store, lab.host, lab.found, references, grace=grace)
+        assert isinstance(lab.host.clock, FakeClock)
+        lab.host.clock.advance(60)
+    lab.assert_restores(1, 3)
+    assert not verify.verify(sealed(beneath), ELSEWHERE, lab.found, full=True).damaged
+    objects = contents(beneath)
+    assert not any(b"auditors" in data for data in objects.values())
+    assert len([key for key in objects if "/manifests/" in key]) == 2
+    with pytest.raises(TenantKeyError):
+        garbage.survey(sealed(beneath, None), "default")
+
+
 # --- the store protocol through a vault
 
 
@@ -530,9 +567,15 @@ def found_of(store: Store) -> ProtectedVm:
 
 def test_the_secret_is_asked_for_once(tmp_path: Path) -> None:
     _, beneath = written(tmp_path)
-    asked = []
-    vault = vault_for()
-    vault._secret = lambda: asked.append(1) or SECRET  # type: ignore[func-returns-value]
-    for _ in range(3):
-        found_of(vault.around(beneath))
-    assert asked == [1]
+    for secret in (SECRET, OTHER_SECRET):
+        asked: list[Secret] = []
+
+        def ask(secret: Secret = secret, asked: list[Secret] = asked) -> Secret:
+            asked.append(secret)
+            return secret
+
+        vault = Vault(ask)
+        for _ in range(3):
+            with contextlib.suppress(TenantKeyError):
+                found_of(vault.around(beneath))
+        assert asked == [secret]
