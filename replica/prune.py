@@ -124,8 +124,7 @@ def _remove(store: Store, keys: VmKeys, held: Lease, batch: tuple[PointTime, ...
         store.delete(key)
     # Pinning writes the pin and then looks for the manifest; here it is the other way round, so that one of the two
     # sees the other. What was deleted while it was being pinned is put back: all that it refers to is still there.
-    pinned_meanwhile = pins.numbers(store, keys)
-    for one in [one for one in removed if one.point in pinned_meanwhile]:
+    for one in [one for one in removed if pins.is_pinned(store, keys, one.point)]:
         with contextlib.suppress(ObjectExistsError):
             store.create(keys.manifest(one.point), removed[one])
         del removed[one]

@@ -143,6 +143,15 @@ def test_a_listing_that_lacks_the_newest_point_does_not_cost_it(tmp_path: Path) 
     assert listed(lab) == [4]
 
 
+def test_a_listing_that_lacks_a_pin_does_not_cost_the_point(tmp_path: Path) -> None:
+    lab = make_points(tmp_path, 4)
+    store = FaultyStore(lab.store, [Fault(FaultKind.STALE_LIST, ("list",))])
+    pins.pin(store, lab.host, lab.found, 2)
+    assert numbers(prune.prune(store, lab.host, lab.found, rule=LAST).kept) == [2, 3, 4]
+    assert listed(lab) == [2, 3, 4]
+    pins.unpin(lab.store, lab.found, 2)
+
+
 @pytest.mark.parametrize("jump", [-3600, 3600])
 def test_a_clock_that_jumps_an_hour_does_not_empty_the_history(tmp_path: Path, jump: float) -> None:
     lab = make_points(tmp_path, 12, step_seconds=300)
@@ -191,6 +200,19 @@ def test_a_point_can_be_pinned_while_another_agent_is_at_work(tmp_path: Path) ->
     lab = make_points(tmp_path, 2)
     lease.acquire(lab.store, lab.found.keys, make_host(name="host-b", clock=clock(lab)), sole_on_host=True)
     pins.pin(lab.store, lab.host, lab.found, 1)
+
+
+def test_a_point_that_goes_while_it_is_being_pinned_is_not_said_to_be_pinned(tmp_path: Path) -> None:
+    lab = make_points(tmp_path)
+
+    class Racing(RecordingStore):
+        def create(self, key: str, data: bytes | bytearray | memoryview) -> str:
+            prune.prune(lab.store, lab.host, lab.found, rule=LAST)
+            return super().create(key, data)
+
+    with pytest.raises(UsageError, match="pruned at the same moment"):
+        pins.pin(Racing(lab.store), lab.host, lab.found, 2)
+    assert pins.numbers(lab.store, lab.found.keys) == frozenset()
 
 
 def test_a_damaged_pin_still_holds_and_is_named_when_it_is_read(tmp_path: Path) -> None:
