@@ -2,7 +2,8 @@
 
 Three steps, each safe to be cut off anywhere and to be begun again:
 
-1. Blocks of zeros, and partially present ones without a sector of their own, lose their places, by the log.
+1. Blocks of zeros, partially present ones without a sector of their own, and unmapped ones that kept their places
+   (for whoever writes to them next) lose them, by the log.
 2. From the file's end downwards, a block is copied into the lowest gap that takes it. The copy is flushed before the
    log entry that lets the BAT point to it; until then the old place is in force, and is not written to.
 3. Once the log is empty (its entries say how long the file was), the file is cut behind its last structure.
@@ -28,6 +29,8 @@ from vhdx.image import VhdxImage
 from vhdx.osfile import OS_FILES, File, Files
 from vhdx.progress import Progress, silent
 from vhdx.structures import (
+    BAT_OFFSET_SHIFT,
+    BAT_STATE_MASK,
     HEADER_SECTION_SIZE,
     MIB,
     SECTOR_BITMAP_BLOCK_SIZE,
@@ -41,6 +44,7 @@ from vhdx.writer import PRESENT, Writer, open_writable, writer_of
 PIECE_SIZE: Final = 4 * MIB
 WINDOW_ENTRIES: Final = 1 << 16
 MOVES_PER_COMMIT: Final = 64
+MAY_KEEP_PLACE: Final = (PayloadState.UNDEFINED, PayloadState.UNMAPPED)  # read as zeros, and may be written in place
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ def reserved(image: VhdxImage) -> list[tuple[int, int]]:
 
 
 def block_places(image: VhdxImage) -> Places:
-    """Return where every present payload block and sector bitmap block stands."""
+    """Return where every payload block and sector bitmap block stands; unmapped ones may have kept their places."""
     geometry = image.geometry
     offsets, lengths, indices = [], [], []
     for start in range(0, geometry.entry_count, WINDOW_ENTRIES):
@@ -112,7 +116,8 @@ def block_places(image: VhdxImage) -> Places:
         index = np.arange(start, start + len(entries), dtype=np.int64)
         is_bitmap = index % (geometry.chunk_ratio + 1) == geometry.chunk_ratio
         states = entries & np.uint64(7)
-        present = np.where(is_bitmap, states == BitmapState.PRESENT, states >= PayloadState.FULLY_PRESENT)
+        kept = np.isin(states, MAY_KEEP_PLACE) & (entries >> np.uint64(BAT_OFFSET_SHIFT) != 0)
+        present = np.where(is_bitmap, states == BitmapState.PRESENT, kept | (states >= PayloadState.FULLY_PRESENT))
         offsets.append((entries[present] >> np.uint64(20) << np.uint64(20)).astype(np.int64))
         lengths.append(np.where(is_bitmap[present], SECTOR_BITMAP_BLOCK_SIZE, geometry.block_size).astype(np.int64))
         indices.append(index[present])
@@ -126,7 +131,13 @@ def _release(disk: VhdxDisk, writer: Writer, progress: Progress) -> int:
     geometry = disk.image.geometry
     released = 0
     for first in range(0, geometry.block_count, WINDOW_ENTRIES):
-        states = writer.bat.payload_states(first, min(geometry.block_count, first + WINDOW_ENTRIES))
+        entries = writer.bat.payload_entries(first, min(geometry.block_count, first + WINDOW_ENTRIES))
+        states = entries & np.uint64(BAT_STATE_MASK)
+        kept = np.isin(states, MAY_KEEP_PLACE) & (entries >> np.uint64(BAT_OFFSET_SHIFT) != 0)
+        for block in (np.flatnonzero(kept) + first).tolist():
+            writer.begin_change()
+            writer.set_payload_entry(block, PayloadState(int(states[block - first])))
+            released += 1
         for block in (np.flatnonzero(np.isin(states, PRESENT)) + first).tolist():
             state, place = writer.block(block)
             empty = None

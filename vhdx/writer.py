@@ -26,10 +26,10 @@ import numpy as np
 
 from vhdx.chain import open_vhdx
 from vhdx.disk import ReadableBuffer
-from vhdx.errors import CorruptDiskError, DiskError, OutOfRangeError
+from vhdx.errors import CorruptDiskError, DiskError, OutOfRangeError, UnsupportedDiskError
 from vhdx.headers import GuidFactory, HeaderPair
 from vhdx.image import HeaderChoice, VhdxImage
-from vhdx.journal import Journal, replay_to_disk, sector_write
+from vhdx.journal import MAX_ENTRY_SECTORS, Journal, replay_to_disk, sector_write
 from vhdx.log import ReplayPlan
 from vhdx.osfile import OS_FILES, File, Files
 from vhdx.pending import PendingSectors
@@ -397,6 +397,8 @@ class Writer:
         patched = PendingSectors(self.file)
         for offset, data in patches:
             patched.change(offset, data)
+        if len(patched) > MAX_ENTRY_SECTORS:
+            raise UnsupportedDiskError("a change of metadata is too large for one log entry", path=str(self.file.path))
         with self._failing():
             self.journal.commit([sector_write(*sector) for sector in patched.contents()])
 

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 
 from tests.support.crash_files import RecordingFiles, scratch_folder
-from vhdx.chain import open_vhdx
+from tests.support.vhdx_builder import ImageBuilder, parent_of
+from vhdx.chain import open_vhdx, parent_linkages
 from vhdx.change import merge_image, plan_merge
 from vhdx.check import check_disk
 from vhdx.compact import compact_disk
@@ -30,7 +32,7 @@ from vhdx.errors import (
 from vhdx.merge import merge_into_parent
 from vhdx.osfile import File, OsFiles, PortableFile
 from vhdx.pending import PendingSectors
-from vhdx.relink import find_children, free_place, relink, set_locator
+from vhdx.relink import add_linkage, find_children, free_place, relink, set_locator
 from vhdx.resize import resize_disk
 from vhdx.structures import HEADER_OFFSETS, Header, PayloadState, encode_bat_entry
 from vhdx.vhdx import VhdxDisk
@@ -390,6 +392,36 @@ def test_a_grown_child_merges_into_a_grown_parent(child_path: Path, tmp_path: Pa
     assert merge_into_parent(child_path) == tmp_path / "parent.vhdx"
     assert read(tmp_path / "parent.vhdx") == expected
     assert not child_path.exists()
+
+
+def test_a_locator_too_large_for_one_log_entry_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    junk = tuple((f"junk{number}", "x" * 30000) for number in range(10))
+    path = ImageBuilder(4 * MIB, parent_values=(*parent_of(UUID(int=9), "parent.vhdx"), *junk)).write(tmp_path / "c")
+    before = path.read_bytes()
+    with pytest.raises(UnsupportedDiskError, match="too large"):
+        add_linkage(path, UUID(int=10))
+    with open_vhdx(path) as disk:
+        assert parent_linkages(disk.image) == (UUID(int=9),)
+    assert path.read_bytes()[3 * MIB :] == before[3 * MIB :]
+
+
+@pytest.mark.parametrize("state", [PayloadState.UNMAPPED, PayloadState.UNDEFINED])
+def test_a_place_that_an_unmapped_block_has_kept_is_given_to_no_other(tmp_path: Path, state: PayloadState) -> None:
+    path = tmp_path / "disk.vhdx"
+    create_disk(path, size=8 * MIB, block_size=MIB)
+    with open_writable(path) as disk:
+        for block in (5, 3, 6):
+            disk.write_at(block * MIB, b"%d" % block * MIB)
+        places = [disk.image.bat.payload_entry(block) >> 20 << 20 for block in (5, 3, 6)]
+    for block, place in ((5, places[0]), (6, places[2])):  # as a program leaves them that lets blocks keep their places
+        poke_bat(path, block, place | state)
+    resize_disk(path, 7 * MIB)
+    assert path.stat().st_size >= places[2] + MIB  # whoever writes to block 6 may do so in place
+    compact_disk(path)
+    assert path.stat().st_size == places[0] + MIB
+    with open_vhdx(path) as disk:
+        assert disk.read_at(0, disk.size) == bytes(3 * MIB) + b"3" * MIB + bytes(3 * MIB)
+        assert disk.image.bat.payload_entries(0, 7).tolist() == [0, 0, 0, places[0] | 6, 0, state, state]
 
 
 def test_a_full_log_is_emptied_and_begins_anew(tmp_path: Path) -> None:
