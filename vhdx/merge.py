@@ -37,6 +37,7 @@ from vhdx.vhdx import VhdxDisk
 from vhdx.writer import open_writable, writer_of
 
 PIECE_SIZE: Final = 4 * MIB
+FLUSH_SIZE: Final = 256 * MIB  # what was flushed keeps its place when a merge that was cut off is begun again
 WINDOW_BLOCKS: Final = 1 << 16
 READS_AS_ZEROS: Final = (PayloadState.UNDEFINED, PayloadState.ZERO, PayloadState.UNMAPPED)
 
@@ -125,12 +126,17 @@ def refuse_siblings(disk: VhdxDisk, *, allowed_folders: Sequence[Path | str], fi
 def _copy_child(source: VhdxDisk, target: VhdxDisk, progress: Progress) -> None:
     """Write to ``target`` what ``source`` says of its own, its parents left out."""
     buffer = bytearray(PIECE_SIZE)
+    unflushed = 0
     for window in source.stored():
         for start, end in window.tolist():
             for offset in range(start, end, PIECE_SIZE):
                 piece = memoryview(buffer)[: min(PIECE_SIZE, end - offset)]
                 source.read_into(offset, piece)
                 target.write_at(offset, piece)
+                unflushed += len(piece)
+                if unflushed >= FLUSH_SIZE:
+                    target.flush()
+                    unflushed = 0
             progress(end, source.size, "merging")
     for start, end in _zero_ranges(source):
         target.trim(start, end - start)

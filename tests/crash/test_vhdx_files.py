@@ -277,6 +277,28 @@ def test_an_error_anywhere_in_a_merge_can_be_recovered_from_by_merging_again(sou
         assert read(paths[3]) == contents[3]
 
 
+def test_merging_again_does_not_leave_a_second_copy_of_what_was_copied(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vhdx.merge.FLUSH_SIZE", MIB)
+    parent, child = source / "parent.vhdx", source / "child.vhdx"
+    create_disk(parent, size=16 * MIB, block_size=MIB)
+    create_disk(child, parent=parent, block_size=MIB)
+    with open_writable(child) as disk:
+        for block in range(0, 16, 2):
+            disk.write_at(block * MIB, b"%x" % block * MIB)
+    start = RecordingFiles(source)
+    merge_into_parent(child, files=start)
+    size = parent.stat().st_size
+    for ordinal in range(0, len(start.effects), 5):
+        start.restore()
+        with pytest.raises(DiskError):
+            merge_into_parent(child, files=RecordingFiles(source, fail_at=ordinal, applied=False))
+        if child.exists():
+            merge_into_parent(child)
+        assert parent.stat().st_size <= size + MIB, ordinal
+
+
 @pytest.mark.parametrize("applied", [False, True])
 def test_an_error_anywhere_in_creating_leaves_no_file_and_no_name(source: Path, applied: bool) -> None:
     total = RecordingFiles(source)
