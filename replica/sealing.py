@@ -77,29 +77,34 @@ class Sealer:
         assert len(data_key) == KEY_BYTES
         self._data_key = data_key
 
-    def seal(self, key: str, data: bytes | bytearray | memoryview) -> bytes:
-        """Return the object that holds ``data`` under the object key ``key``. Memory: twice the data."""
+    def seal(self, key: str, data: bytes | bytearray | memoryview) -> bytearray:
+        """Return the object that holds ``data`` under the object key ``key``. Memory: the size of the result."""
         cipher = self._cipher(key)
         view = memoryview(data).cast("B")
         # A random start for each object, counted up: no two chunks under one key ever share a nonce, also not those of
         # an object that is written anew, as the lease is.
         base = int.from_bytes(secrets.token_bytes(_NONCE_BYTES), "big")
         count = max(1, -(-len(view) // CHUNK_BYTES))
-        parts = [_OUR_HEADER]
+        sealed = bytearray(stored_size(len(view)))
+        room = memoryview(sealed)
+        room[:HEADER_BYTES] = _OUR_HEADER
         for number in range(count):
             nonce = (base ^ number).to_bytes(_NONCE_BYTES, "big")
             chunk = view[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
-            parts += (nonce, cipher.encrypt(nonce, chunk, _bound(key, number, number == count - 1)))
-        return b"".join(parts)
+            at = HEADER_BYTES + number * STORED_CHUNK_BYTES
+            start, end = at + _NONCE_BYTES, at + len(chunk) + CHUNK_OVERHEAD_BYTES
+            room[at:start] = nonce
+            cipher.encrypt_into(nonce, chunk, _bound(key, number, number == count - 1), room[start:end])
+        return sealed
 
-    def open(self, key: str, stored: bytes) -> bytes:
+    def open(self, key: str, stored: bytes | bytearray) -> bytes:
         """Return what the whole object holds. Raises IntegrityError, FormatVersionError."""
         _check_header(key, stored)
         if plain_size(len(stored)) is None:
             raise IntegrityError(f"a sealed object cannot have {len(stored)} bytes: it was cut", key=key)
         return self._open_chunks(key, memoryview(stored)[HEADER_BYTES:], 0, is_whole=True)
 
-    def open_chunks(self, key: str, stored: bytes, first: int) -> bytes:
+    def open_chunks(self, key: str, stored: bytes | bytearray, first: int) -> bytes:
         """Return what consecutive chunks hold, ``first`` being the number of the first. Raises IntegrityError."""
         return self._open_chunks(key, memoryview(stored), first, is_whole=False)
 
@@ -129,12 +134,12 @@ class Sealer:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def is_sealed(stored: bytes) -> bool:
+def is_sealed(stored: bytes | bytearray) -> bool:
     """Whether the object begins as sealed ones do."""
     return stored[: len(MAGIC)] == MAGIC
 
 
-def _check_header(key: str, stored: bytes) -> None:
+def _check_header(key: str, stored: bytes | bytearray) -> None:
     if not is_sealed(stored):
         raise IntegrityError("the object is not encrypted although its VM is: it was damaged or exchanged", key=key)
     if len(stored) < HEADER_BYTES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -232,6 +233,17 @@ def test_2_a_second_key_and_a_late_wish_for_encryption_are_refused(locked: Site)
     assert (done.code, "settled when it is protected" in done.err) == (2, True)
 
 
+def test_the_script_that_restores_without_godwit_says_that_it_cannot(locked: Site) -> None:
+    script = Path(__file__).parents[2] / "docs" / "restore_point.py"
+    for further in ([], ["web", "1", "0", locked.folder / "out.img"]):
+        done = subprocess.run(
+            [sys.executable, script, locked.store, *further], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert "encrypted" in done.stderr or "not a Godwit record" in done.stderr
+
+
 def test_key_show_needs_no_key(locked: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GODWIT_PASSPHRASE")
     assert "a passphrase" in locked.good("key", "show").out
@@ -240,8 +252,6 @@ def test_key_show_needs_no_key(locked: Site, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_is_not_encrypted_never_loads_the_library() -> None:
-    import subprocess  # noqa: PLC0415
-
     script = (
         "import sys, tempfile, pathlib\n"
         "from cli import main\n"

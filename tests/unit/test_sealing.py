@@ -21,8 +21,8 @@ def content(size: int) -> bytes:
     return random.Random(size).randbytes(size)
 
 
-def chunks_of(stored: bytes) -> list[bytes]:
-    return [stored[at : at + STORED_CHUNK_BYTES] for at in range(HEADER_BYTES, len(stored), STORED_CHUNK_BYTES)]
+def chunks_of(stored: bytes | bytearray) -> list[bytes]:
+    return [bytes(stored[at : at + STORED_CHUNK_BYTES]) for at in range(HEADER_BYTES, len(stored), STORED_CHUNK_BYTES)]
 
 
 @pytest.mark.parametrize("size", SIZES)
