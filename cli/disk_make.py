@@ -150,7 +150,7 @@ def resize(output: Output, path: Path, size: int, parent_folder: tuple[Path, ...
     SIZE is the new size: bytes, or a number with K, M, G or T. A VHDX, a fixed VHD or a raw image grows with zeros,
     and shrinks only where no data is cut off.
     """
-    plan = plan_resize(path, size)
+    plan = plan_resize(path, size, allowed_folders=parent_folder)
     text = f"{path} from {both_sizes(plan.old_size)} to {both_sizes(plan.new_size)}"
     if not dry_run:
         output.confirm(f"Resize {text}?", yes=yes)

@@ -17,7 +17,7 @@ from vhdx.osfile import OS_FILES, Files
 from vhdx.progress import Progress, silent
 from vhdx.raw import RawDisk
 from vhdx.relink import find_children
-from vhdx.resize import resize_disk
+from vhdx.resize import check_size, refuse_children, resize_disk
 from vhdx.vhd import FixedVhdDisk, SparseVhdDisk
 from vhdx.vhd_create import AZURE_ALIGNMENT
 from vhdx.vhd_structures import FOOTER_SIZE, MAX_VIRTUAL_SIZE, resized
@@ -73,13 +73,16 @@ class Compacted:
 # --- resize
 
 
-def plan_resize(path: Path | str, size: int, *, files: Files = OS_FILES) -> ResizePlan:
-    """Say what resizing would do; whether data stands past a smaller end is found out by doing it.
+def plan_resize(
+    path: Path | str, size: int, *, allowed_folders: Sequence[Path | str] = (), files: Files = OS_FILES
+) -> ResizePlan:
+    """Say what resizing would do.
 
-    Raises UnsupportedDiskError for formats that cannot be resized here, OutOfRangeError for sizes they cannot have.
+    Raises UnsupportedDiskError for formats that cannot be resized here, OutOfRangeError for sizes they cannot have or
+    that would cut data off, ParentError for a parent of others and for a child smaller than its parent.
     """
     path = Path(path)
-    with open_disk(path, files=files) as disk:
+    with open_disk(path, allowed_folders=allowed_folders, files=files) as disk:
         if isinstance(disk, SparseVhdDisk):
             raise UnsupportedDiskError(
                 "a dynamic or differencing VHD is not resized", path=str(path), hint=CONVERT_HINT
@@ -89,6 +92,11 @@ def plan_resize(path: Path | str, size: int, *, files: Files = OS_FILES) -> Resi
             raise OutOfRangeError(f"a size of {size} bytes is not a multiple of {step}", path=str(path))
         if isinstance(disk, FixedVhdDisk) and size > MAX_VIRTUAL_SIZE:
             raise OutOfRangeError("a VHD has at most 2040 GiB", path=str(path), hint=CONVERT_HINT)
+        if isinstance(disk, VhdxDisk):
+            refuse_children(path, allowed_folders=allowed_folders, files=files)
+            check_size(disk, size)
+        elif isinstance(disk, RawDisk) and size < disk.size:
+            _refuse_data_past(disk, size)
         return ResizePlan(path, disk.format, disk.size, size)
 
 
@@ -99,7 +107,7 @@ def resize_image(
 
     Raises as ``plan_resize``, OutOfRangeError where data would be cut off, and as opening for writing does.
     """
-    plan = plan_resize(path, size, files=files)
+    plan = plan_resize(path, size, allowed_folders=allowed_folders, files=files)
     if plan.format == "vhdx":
         resize_disk(path, size, allowed_folders=allowed_folders, files=files)
         return plan

@@ -60,6 +60,12 @@ def resize_disk(
     ``open_writable`` does.
     """
     path = Path(path)
+    refuse_children(path, allowed_folders=allowed_folders, files=files)
+    resize_to(path, size, allowed_folders=allowed_folders, files=files, new_guid=new_guid, data_write_guid=None)
+
+
+def refuse_children(path: Path, *, allowed_folders: Sequence[Path | str], files: Files) -> None:
+    """Raise ParentError where the disk is the parent of others in its folder or in ``allowed_folders``."""
     children = [child for child in find_children(path, folders=allowed_folders, files=files) if child.is_current]
     if children:
         raise ParentError(
@@ -67,7 +73,6 @@ def resize_disk(
             path=str(path),
             hint="resize the child instead, or merge it first",
         )
-    resize_to(path, size, allowed_folders=allowed_folders, files=files, new_guid=new_guid, data_write_guid=None)
 
 
 def resize_to(
@@ -82,7 +87,7 @@ def resize_to(
     """Resize as ``resize_disk`` does, children or not; the disk's new DataWriteGuid may be given."""
     guid = data_write_guid or new_guid()
     with open_writable(path, allowed_folders=allowed_folders, files=files, new_guid=new_guid) as disk:
-        _check_size(disk, size)
+        check_size(disk, size)
         old_size = disk.size
         if size != old_size:
             writer = writer_of(disk)
@@ -98,7 +103,8 @@ def resize_to(
             cut_file(disk)
 
 
-def _check_size(disk: VhdxDisk, size: int) -> None:
+def check_size(disk: VhdxDisk, size: int) -> None:
+    """Raise OutOfRangeError or ParentError where the disk cannot have that size, or data stands past it."""
     if not 0 < size <= MAX_VIRTUAL_SIZE or size % disk.sector_size:
         raise OutOfRangeError(
             f"a VHDX cannot have {size} bytes: a multiple of {disk.sector_size} up to 64 TiB is needed",

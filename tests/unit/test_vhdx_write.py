@@ -15,7 +15,7 @@ import pytest
 from tests.support.crash_files import RecordingFiles, scratch_folder
 from tests.support.vhdx_builder import ImageBuilder, parent_of
 from vhdx.chain import open_vhdx, parent_linkages
-from vhdx.change import merge_image, plan_merge
+from vhdx.change import merge_image, plan_merge, plan_resize, resize_image
 from vhdx.check import check_disk
 from vhdx.compact import compact_disk
 from vhdx.create import create_disk
@@ -371,6 +371,24 @@ def test_a_parent_is_not_resized_and_a_child_does_not_shrink_below_it(child_path
         resize_disk(child_path, 7 * MIB)
     resize_disk(child_path, 9 * MIB)
     assert read(child_path) == b"P" * 8 * MIB + bytes(MIB)
+
+
+def test_the_plan_of_a_resize_refuses_what_resizing_would(child_path: Path, disk_path: Path, tmp_path: Path) -> None:
+    with open_writable(disk_path) as disk:
+        disk.write_at(disk.size - 3, b"end")
+    (tmp_path / "raw").write_bytes(bytes(2 * MIB) + b"e" * MIB)
+    for path, size in (
+        (tmp_path / "parent.vhdx", 9 * MIB),
+        (child_path, 7 * MIB),
+        (disk_path, MIB),
+        (disk_path, 65 << 40),
+        (tmp_path / "raw", 2 * MIB),
+    ):
+        with pytest.raises(DiskError):
+            plan_resize(path, size)
+        with pytest.raises(DiskError):
+            resize_image(path, size)
+    assert plan_resize(tmp_path / "raw", 4 * MIB).old_size == 3 * MIB
 
 
 def test_resizing_to_the_largest_size_and_writing_at_its_end(disk_path: Path) -> None:
