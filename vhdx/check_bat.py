@@ -148,6 +148,13 @@ class _Checker:
                 ),
             )
         self._check_reserved(entries, np.arange(first, last), place, "payload block")
+        placed = np.flatnonzero((states == PayloadState.ZERO) & (entries >> np.uint64(BAT_OFFSET_SHIFT) != 0))
+        if len(placed):
+            messages = (
+                (f"payload block {first + position} is zero and names a place: Hyper-V refuses it", place(position))
+                for position in placed[:SHOWN].tolist()
+            )
+            self._warn("zero-placed", messages, len(placed))
         present = np.flatnonzero((states == PayloadState.FULLY_PRESENT) | partial)
         if last == self._geometry.block_count and self._last_is_cut(int(entries[-1])) and len(entries) - 1 in present:
             message = (

@@ -87,6 +87,7 @@ def test_a_sound_disk_has_no_findings(tmp_path: Path) -> None:
         (builder, bat(1, 1 << 40 | 6), ("block-past-end", "error")),
         (builder, bat(1, (1 << 64) - MIB | 6), ("block-past-end", "error")),
         (builder, bat(2, 8), ("bat-reserved", "error")),
+        (builder, bat(2, FIRST_BLOCK | 2), ("zero-placed", "warning")),
         (builder, bat(77, FIRST_BLOCK | 6), ("bat-tail", "warning")),
         (builder, bat(3, 0), ("unused-space", "info")),
         (child_builder, bat(4096, 0), ("bitmap-missing", "error")),
