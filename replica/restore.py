@@ -103,8 +103,8 @@ class PointReader:
                 target.write_at(number * BLOCK_BYTES, data if room >= BLOCK_BYTES else memoryview(data)[:room])
             return len(read.numbers) * BLOCK_BYTES
 
-        with ThreadPoolExecutor(self._workers.threads, "restore") as pool:
-            results = ordered(pool, work, fetches(), limit=self._workers.batches)
+        with ThreadPoolExecutor(self._workers.fetches, "restore") as pool:
+            results = ordered(pool, work, fetches(), limit=self._workers.fetches + self._workers.threads)
             with closing(results):
                 for count in results:
                     done += count

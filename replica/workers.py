@@ -24,6 +24,11 @@ class Workers:
         """How many batches are under way or waiting to be taken."""
         return self.threads * BATCHES_PER_THREAD
 
+    @property
+    def fetches(self) -> int:
+        """How many reads from the store are under way at once: some wait for it while others unpack."""
+        return self.threads + self.uploads
+
 
 def default_workers() -> Workers:
     """Return what suits this machine: a thread for each processor, up to eight."""
