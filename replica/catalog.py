@@ -11,6 +11,7 @@ from replica import history, keys, lease, manifest, record
 from replica.block import LARGEST_DISK_NUMBER
 from replica.errors import (
     IntegrityError,
+    LeaseHeldError,
     NoStoreError,
     ObjectExistsError,
     ObjectMissingError,
@@ -120,9 +121,20 @@ def update_settings(
     interval_seconds: int | None = None,
     compression_level: int | None = None,
     retention: str | None = None,
+    based_on: int | None = None,
 ) -> Settings:
-    """Write a new version of the settings with what is given changed, and put it in force. Raises LeaseHeldError."""
+    """Write a new version of the settings with what is given changed, and put it in force.
+
+    ``based_on`` is the version that what is given was worked out from. Raises LeaseHeldError, also where that version
+    is no longer in force.
+    """
     with lease.holding(store, found.keys, host) as held:
+        if based_on is not None and held.settings_version != based_on:
+            # A disk that was removed meanwhile would come back under a number that is never to be used again.
+            raise LeaseHeldError(
+                "another agent changed how this VM is protected at the same moment",
+                hint="look at what it is now, and try again",
+            )
         history.begin(store, found.keys, host, held)  # a lease that was taken from somebody needs its fence
         before = read_settings(store, found.keys, held.settings_version)
         # A version above the one in force may be there from an attempt that was cut off: it is stepped over.

@@ -116,6 +116,7 @@ def update(
         interval_seconds=interval_seconds,
         compression_level=compression_level,
         retention=rule,
+        based_on=before.version,
     )
 
 
