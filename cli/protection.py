@@ -29,7 +29,17 @@ from replica.stores.store import Store
     multiple=True,
     type=click.Path(path_type=Path, readable=False),
     metavar="PATH",
-    help="A disk of the VM: VHDX, AVHDX, VHD or raw; the boot disk first. May be repeated.",
+    help="A disk of the VM: VHDX, AVHDX, VHD or raw; with --qmp a block node. The boot disk first. May be repeated.",
+)
+@click.option(
+    "--qmp",
+    metavar="SOCKET",
+    help="The VM runs under QEMU, and this is its monitor's socket: --disk names block nodes.",
+)
+@click.option(
+    "--guest-agent",
+    metavar="SOCKET",
+    help="With --qmp: the socket of the QEMU guest agent, by which file systems are frozen for the instant.",
 )
 @click.option("--every", type=Duration(), help="The interval between recovery points.  [default: 5m]")
 @click.option("--generation", type=click.Choice(["1", "2"]), help="1 is BIOS, 2 is UEFI.  [default: by the boot disk]")
@@ -47,6 +57,8 @@ def protect(
     output: Output,
     name: str,
     disks: tuple[Path, ...],
+    qmp: str | None,
+    guest_agent: str | None,
     every: int | None,
     generation: str | None,
     cpus: int | None,
@@ -60,11 +72,12 @@ def protect(
     *,
     session: Session,
 ) -> None:
-    """Protect the VM NAME, made of its disk files.
+    """Protect the VM NAME, made of its disk files, or of the block nodes of a running QEMU.
 
     This records the disks and the machine that they belong to; 'godwit replicate NAME' then makes recovery points.
     """
     wishes = MachineWishes(_generation(generation), cpus, memory, _nics(nics), secure_boot)
+    places = _places(disks, qmp, guest_agent)
     store = session.store()
     if update:
         if encrypt:
@@ -74,7 +87,7 @@ def protect(
             store,
             session.host,
             found,
-            disks=disks,
+            disks=places,
             wishes=wishes,
             interval_seconds=every,
             compression_level=level,
@@ -86,7 +99,7 @@ def protect(
             session.host,
             tenant=session.configuration.tenant,
             name=name,
-            disks=disks,
+            disks=places,
             wishes=wishes,
             interval_seconds=every or 300,
             compression_level=1 if level is None else level,
@@ -102,6 +115,19 @@ def protect(
         output.note(f"next: godwit replicate {name} --store {store.url}")
 
     output.show({**_settings_document(found, settings), "encrypted": session.vault.is_encrypted(found.keys)}, render)
+
+
+def _places(disks: tuple[Path, ...], qmp: str | None, guest_agent: str | None) -> list[Path | str]:
+    if qmp is None:
+        if guest_agent is not None:
+            raise click.UsageError("--guest-agent goes with --qmp")
+        return list(disks)
+    if not disks:
+        raise click.UsageError("with --qmp, name the block nodes with --disk")
+    from replica.live import LiveAddress  # noqa: PLC0415 - sockets, which other commands start without
+
+    agent = None if guest_agent is None else str(Path(guest_agent).absolute())
+    return [str(LiveAddress(str(Path(qmp).absolute()), str(disk), agent)) for disk in disks]
 
 
 def _generation(text: str | None) -> Literal[1, 2] | None:

@@ -30,7 +30,7 @@ def replicate(output: Output, name: str | None, everything: bool, rescan: bool, 
 
     The first cycle reads all that the disks hold; later ones send only blocks that changed. A cycle that is
     interrupted publishes nothing, and the next one uses what it had uploaded. The VM must be off, or its disks a
-    checkpoint: a disk that changes while it is read fails the cycle.
+    checkpoint, or protected through their running QEMU: a disk file that changes while it is read fails the cycle.
     """
     if bool(name) == everything:
         raise click.UsageError("name one VM, or say --all")

@@ -15,13 +15,13 @@ from replica.host import Host
 from replica.lease import Lease
 from replica.leftovers import Leftovers
 from replica.mapstore import MapBuilder, MapStore, map_cache
-from replica.model import Consistency, CycleStatistics, DiskRecord, Point
+from replica.model import CycleStatistics, DiskRecord, Point
 from replica.packer import Packer
 from replica.pipeline import Uploads, ordered
 from replica.scan import Changes, Comparer, plan
-from replica.source import OpenDisk, OpenSource, open_for_reading, opened
+from replica.source import OpenDisk, OpenSource, Wanted, change_source, open_for_reading
 from replica.stores.store import Store
-from replica.tracking import SCAN, Found, changes_since, identity
+from replica.tracking import SCAN, Found
 from replica.workers import Workers
 from vhdx.extents import total_length
 from vhdx.progress import Progress, silent
@@ -96,7 +96,8 @@ class _Cycle:
         started, created_at = self._host.clock.monotonic(), self._host.clock.now()
         before = self._previous.maps if self._previous else ()
         map_store = MapStore(self._store, self._found.keys, map_cache(self._host))
-        with opened(self._settings, open_disk) as disks, self._uploads() as uploads:
+        wanted = self._wanted()
+        with change_source(wanted.sources, open_disk).open(wanted) as instant, self._uploads() as uploads:
             maps = MapBuilder(
                 map_store,
                 self._found.vm.vm_id,
@@ -106,7 +107,10 @@ class _Cycle:
                 before_write=uploads.drain,
             )
             packer = Packer(self._store, self._found.keys, maps, uploads, point=self._number, epoch=self._held.epoch)
-            tracked = [self._track(one, rescan) for one in disks]
+            tracked = [
+                _Tracked(one, wanted.before.get(one.source.number), Found(SCAN, "asked for") if rescan else one.found)
+                for one in instant.disks
+            ]
             records = self._compare_all(tracked, BlockMap(before, map_store.fetch), packer)
             packer.finish()
             refs = maps.finish()
@@ -117,7 +121,7 @@ class _Cycle:
             previous=self._previous.point if self._previous else 0,
             created_at=created_at,
             published_at=self._host.clock.now(),
-            consistency=Consistency.OFFLINE,
+            consistency=instant.consistency,
             vm_name=self._found.vm.name,
             machine=self._settings.machine,
             disks=records,
@@ -134,6 +138,7 @@ class _Cycle:
         )
         history.publish(self._store, self._found.keys, point)
         self._held.settle(self._number)
+        instant.acknowledge()
         map_store.forget_all_but(ref for one in refs for ref in one.parts)
         return point
 
@@ -146,11 +151,14 @@ class _Cycle:
             finally:
                 uploads.abandon()
 
-    def _track(self, one: OpenSource, rescan: bool) -> _Tracked:
-        disks = self._previous.disks if self._previous else ()
-        before = next((disk for disk in disks if disk.number == one.source.number), None)
-        found = Found(SCAN, "asked for") if rescan else changes_since(one.disk, before)
-        return _Tracked(one, before, found)
+    def _wanted(self) -> Wanted:
+        return Wanted(
+            vm_id=self._found.vm.vm_id,
+            point=self._number,
+            sources=tuple(sorted(self._settings.sources, key=lambda one: one.number)),
+            before={disk.number: disk for disk in (self._previous.disks if self._previous else ())},
+            randomness=self._host.randomness,
+        )
 
     def _compare_all(self, disks: list[_Tracked], known: BlockMap, packer: Packer) -> tuple[DiskRecord, ...]:
         comparer = Comparer(
@@ -204,7 +212,7 @@ class _Cycle:
             bus=one.source.bus,
             data_blocks=blocks,
             digest=digest,
-            source={**identity(one.disk), "found_by": tracked.found.kind, "because": tracked.found.why},
+            source={**one.about, "found_by": tracked.found.kind, "because": tracked.found.why},
         )
 
     def _count(self, changes: Changes) -> None:

@@ -15,10 +15,10 @@ from replica.errors import UsageError
 from replica.history import newest
 from replica.host import Host
 from replica.model import Machine, Nic, Point, Settings, SourceDisk
-from replica.source import OpenDisk, open_for_reading
+from replica.source import OpenDisk, change_source, is_live, looked_at, name_of, open_for_reading
 from replica.stores.store import Store
-from replica.vault import Vault
 from replica.tracking import FILES
+from replica.vault import Vault
 from vhdx.disk import Disk
 from vhdx.formats import chain_of
 
@@ -43,7 +43,7 @@ def protect(
     *,
     tenant: str,
     name: str,
-    disks: Sequence[Path],
+    disks: Sequence[Path | str],
     wishes: MachineWishes = MachineWishes(),
     interval_seconds: int = 300,
     compression_level: int = 1,
@@ -51,7 +51,9 @@ def protect(
     vault: Vault | None = None,
     open_disk: OpenDisk = open_for_reading,
 ) -> tuple[ProtectedVm, Settings]:
-    """Begin to protect the VM whose disks these files are, the boot disk first. Nothing is copied yet.
+    """Begin to protect the VM whose disks these are, the boot disk first. Nothing is copied yet.
+
+    Disks are files, or addresses of a running machine's disks (``replica.live.LiveAddress`` as text).
 
     With ``vault``, the one that stands before ``store``, the VM is encrypted; raises TenantKeyError then.
     ``keep`` is the retention rule, None for the default.
@@ -85,7 +87,7 @@ def update(
     host: Host,
     found: ProtectedVm,
     *,
-    disks: Sequence[Path] = (),
+    disks: Sequence[Path | str] = (),
     wishes: MachineWishes = MachineWishes(),
     interval_seconds: int | None = None,
     compression_level: int | None = None,
@@ -134,7 +136,7 @@ def _check(interval_seconds: int, compression_level: int) -> None:
 
 def number_disks(
     known: Iterable[SourceDisk],
-    paths: Sequence[Path],
+    paths: Sequence[Path | str],
     *,
     next_number: int,
     lineage: Callable[[Path], SourceDisk | None] = lambda path: None,
@@ -144,28 +146,36 @@ def number_disks(
     ``lineage`` tells which known disk a file of another name is a later or earlier state of.
     Raises UsageError where a file is named twice, or in a way that no JSON can hold.
     """
+    known = tuple(known)
     by_path = {one.path: one for one in known}
     disks: list[SourceDisk] = []
     names: set[str] = set()
     for given in paths:
-        path = Path(given).absolute()
-        if any(0xD800 <= ord(c) < 0xE000 for c in str(path)):  # how Python spells bytes that are no UTF-8
+        live = isinstance(given, str) and is_live(given)
+        path = str(given if live else Path(given).absolute())
+        if any(0xD800 <= ord(c) < 0xE000 for c in path):  # how Python spells bytes that are no UTF-8
             raise UsageError(f"{path}: the file's path is not valid Unicode", hint="rename the file or its folder")
-        if any(one.path == str(path) for one in disks):
+        if any(one.path == path for one in disks):
             raise UsageError(f"{path} is named twice", hint="name each disk once")
-        disk = by_path.get(str(path))
+        disk = by_path.get(path)
         if disk is None:
-            relative = lineage(path)
+            relative = _same_node(known, path) if live else lineage(Path(path))
             if relative is not None and all(one.number != relative.number for one in disks):
-                disk = replace(relative, path=str(path))
+                disk = replace(relative, path=path)
         if disk is None:
-            disk = SourceDisk(next_number, path.stem, str(path))
+            disk = SourceDisk(next_number, name_of(path), path)
             next_number += 1
         while disk.name in names:
             disk = replace(disk, name=f"{disk.name}-{disk.number}")
         names.add(disk.name)
         disks.append(disk)
     return tuple(disks)
+
+
+def _same_node(known: Iterable[SourceDisk], path: str) -> SourceDisk | None:
+    """Return the known disk of a running machine that has this node's name: sockets may move."""
+    found = [one for one in known if is_live(one.path) and name_of(one.path) == name_of(path)]
+    return found[0] if len(found) == 1 else None
 
 
 def lineage(
@@ -194,11 +204,13 @@ def lineage(
 def look_at(sources: Iterable[SourceDisk], open_disk: OpenDisk) -> Literal[1, 2]:
     """Open each disk, read its ends, and tell the machine's generation: 2 where the first has an EFI system partition.
 
-    Raises DiskError for what cannot be read, so that it is known now and not in the first cycle.
+    Raises DiskError, SourceError for what cannot be read, so that it is known now and not in the first cycle.
     """
+    sources = tuple(sources)
+    change_source(sources)
     generations: list[Literal[1, 2]] = []
     for source in sources:
-        with open_disk(Path(source.path)) as disk:
+        with looked_at(source.path, open_disk) as disk:
             _check_size(disk)
             disk.read_at(disk.size - disk.sector_size, disk.sector_size)
             generations.append(2 if is_uefi_boot_disk(disk) else 1)

@@ -1,19 +1,26 @@
-"""The disks of a protected VM, opened for a cycle: read-only, and watched for changes while they are read."""
+"""Where a cycle's disks come from: a change source opens all of a VM's disks as of one instant and tells what changed.
+
+Two satisfy it: disk files at rest, here, and the disks of a running QEMU, in ``replica.live``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from replica.block import LARGEST_DISK_BYTES
 from replica.errors import SourceError
-from replica.model import Settings, SourceDisk
+from replica.host import Randomness
+from replica.model import Consistency, DiskRecord, SourceDisk
+from replica.tracking import Found, changes_since, identity
 from vhdx.disk import Disk
 from vhdx.errors import DiskError
 from vhdx.formats import chain_of, open_disk
+
+LIVE: Final = "qmp:"  # how the address of a running machine's disk begins; paths of files are absolute
 
 
 class OpenDisk(Protocol):
@@ -29,37 +36,110 @@ def open_for_reading(path: Path) -> Disk:
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a cycle asks of a change source: these disks, and what differs from ``before``, by disk number."""
+
+    vm_id: str
+    point: int  # the number that is to be published
+    sources: tuple[SourceDisk, ...]  # in order of number
+    before: Mapping[int, DiskRecord]
+    randomness: Randomness
+
+
+@dataclass(frozen=True, slots=True)
 class OpenSource:
-    """A protected disk that has been opened."""
+    """A protected disk that has been opened, what of it may have changed, and what a later cycle knows its state by."""
 
     source: SourceDisk
     disk: Disk
+    found: Found
+    about: dict[str, str]  # for the manifest
 
 
-@contextmanager
-def opened(settings: Settings, open_: OpenDisk = open_for_reading) -> Iterator[list[OpenSource]]:
-    """Open all disks of a VM together, in order of number.
+def _nothing() -> None:
+    return None
 
-    When the context ends without an error, every file that was read must be as it was when it was opened.
-    Raises SourceError where it is not: the point would mix two instants; and DiskError where a disk cannot be opened.
-    """
-    with ExitStack() as stack:
-        disks = []
-        for source in sorted(settings.sources, key=lambda one: one.number):
-            disk = stack.enter_context(open_(Path(source.path)))
-            if not 0 < disk.size <= LARGEST_DISK_BYTES:
-                raise SourceError(f"a disk of {disk.size} bytes cannot be protected", path=source.path)
-            disks.append(OpenSource(source, disk))
-        before = [_fingerprints(one.disk) for one in disks]
-        yield disks
-        for one, was in zip(disks, before, strict=True):
-            changed = [path for path, mark in _fingerprints(one.disk).items() if was.get(path) != mark]
-            if changed:
-                raise SourceError(
-                    "the disk changed while it was being read, so nothing was published",
-                    path=str(changed[0]),
-                    hint="replicate it while the VM is off, or from a checkpoint",
-                )
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """All disks of a VM as of one instant. ``acknowledge`` is called once a point of them is published, if ever."""
+
+    disks: tuple[OpenSource, ...]
+    consistency: Consistency
+    acknowledge: Callable[[], None] = _nothing
+
+
+class ChangeSource(Protocol):
+    """Gives a VM's disks, consistently. A cycle that fails after it has opened them costs the next no knowledge."""
+
+    def open(self, wanted: Wanted) -> AbstractContextManager[Instant]:
+        """Open the disks; they read as of the instant while the context lasts.
+
+        When the context ends without an error, it was so until then. Raises SourceError, DiskError.
+        """
+
+
+def change_source(sources: Sequence[SourceDisk], open_: OpenDisk = open_for_reading) -> ChangeSource:
+    """Return what gives these disks. Raises SourceError where files and disks of a running machine are mixed."""
+    live = [one for one in sources if is_live(one.path)]
+    if not live:
+        return FilesSource(open_)
+    if len(live) != len(sources):
+        raise SourceError("disk files and disks of a running machine have no instant in common", path=live[0].path)
+    from replica.live import LiveSource  # noqa: PLC0415 - files need none of it
+
+    return LiveSource()
+
+
+def is_live(path: str) -> bool:
+    """Tell whether a disk's address is that of a running machine's disk."""
+    return path.startswith(LIVE)
+
+
+def name_of(path: str) -> str:
+    """Return what a disk is called unless it is given a name: its file without the suffix, or its block node."""
+    return path.partition("#")[2] if is_live(path) else Path(path).stem
+
+
+def looked_at(path: str, open_: OpenDisk) -> AbstractContextManager[Disk]:
+    """Open one disk to learn what it is, at no certain instant. Raises DiskError, SourceError."""
+    if not is_live(path):
+        return open_(Path(path))
+    from replica.live import look  # noqa: PLC0415 - files need none of it
+
+    return look(path)
+
+
+class FilesSource:
+    """Disk files at rest, opened read-only and watched for changes while they are read."""
+
+    def __init__(self, open_: OpenDisk = open_for_reading) -> None:
+        self._open = open_
+
+    @contextmanager
+    def open(self, wanted: Wanted) -> Iterator[Instant]:
+        """Open all files. When the context ends, every one that was read must be as it was when it was opened.
+
+        Raises SourceError where it is not: the point would mix two instants; and DiskError where one cannot be opened.
+        """
+        with ExitStack() as stack:
+            disks = []
+            for source in wanted.sources:
+                disk = stack.enter_context(self._open(Path(source.path)))
+                if not 0 < disk.size <= LARGEST_DISK_BYTES:
+                    raise SourceError(f"a disk of {disk.size} bytes cannot be protected", path=source.path)
+                found = changes_since(disk, wanted.before.get(source.number))
+                disks.append(OpenSource(source, disk, found, identity(disk)))
+            before = [_fingerprints(one.disk) for one in disks]
+            yield Instant(tuple(disks), Consistency.OFFLINE)
+            for one, was in zip(disks, before, strict=True):
+                changed = [path for path, mark in _fingerprints(one.disk).items() if was.get(path) != mark]
+                if changed:
+                    raise SourceError(
+                        "the disk changed while it was being read, so nothing was published",
+                        path=str(changed[0]),
+                        hint="replicate it while the VM is off, from a checkpoint, or through its QEMU",
+                    )
 
 
 def _fingerprints(disk: Disk) -> dict[Path, tuple[int, int, int]]:
