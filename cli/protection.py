@@ -124,7 +124,7 @@ def _places(disks: tuple[Path, ...], qmp: str | None, guest_agent: str | None) -
         return list(disks)
     if not disks:
         raise click.UsageError("with --qmp, name the block nodes with --disk")
-    from replica.live import LiveAddress  # noqa: PLC0415 - sockets, which other commands start without
+    from replica.qemu import LiveAddress  # noqa: PLC0415 - sockets, which other commands start without
 
     agent = None if guest_agent is None else str(Path(guest_agent).absolute())
     return [str(LiveAddress(str(Path(qmp).absolute()), str(disk), agent)) for disk in disks]

@@ -12,57 +12,27 @@ Open files are passed through the monitor's socket: QEMU needs no right to any p
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Final, Self
-from urllib.parse import quote, unquote
+from typing import Any, Final
 
 from replica.agent import Quiesced, quiesced
 from replica.block import BLOCK_BYTES, LARGEST_DISK_BYTES
-from replica.errors import SourceError, UsageError
+from replica.errors import SourceError
 from replica.model import Consistency, DiskRecord, SourceDisk
-from replica.monitor import Monitor, MonitorError, MonitorGoneError
+from replica.monitor import Monitor
 from replica.nbd.disk import NbdDisk
-from replica.nbd.wire import UnixAddress
-from replica.source import LIVE, Instant, OpenSource, Wanted
+from replica.qemu import LOOKING, LiveAddress, Machine, attached
+from replica.scratch import Overlay, default_scratch_folder, require_room, room_watched
+from replica.source import Instant, OpenSource, Wanted
 from replica.tracking import SCAN, Found
 from vhdx.disk import Disk
 
 BITMAP: Final = "bitmap"  # a found_by, and the name in a manifest's source
 KIND: Final = "qemu"
-LOOKING: Final = "looking"  # in place of a VM's id, where a disk is looked at
-LEAST_SCRATCH_BYTES: Final = 64 << 20
-_FORMATS: Final = {"vpc": "vhd"}
-
-
-@dataclass(frozen=True, slots=True)
-class LiveAddress:
-    """Where a disk of a running QEMU is: monitor socket, block node, and the guest agent's socket where one is used."""
-
-    monitor: str
-    node: str
-    agent: str | None = None
-
-    def __str__(self) -> str:
-        agent = f"?agent={quote(self.agent)}" if self.agent else ""
-        return f"{LIVE}{quote(self.monitor)}{agent}#{quote(self.node)}"
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read what ``str`` writes. Raises UsageError."""
-        before, _, node = text.removeprefix(LIVE).partition("#")
-        monitor, _, query = before.partition("?")
-        if not (text.startswith(LIVE) and monitor and node) or (query and not query.startswith("agent=")):
-            raise UsageError(f"{text!r} is no disk of a running QEMU", hint="write qmp:SOCKET#NODE")
-        return cls(unquote(monitor), unquote(node), unquote(query.removeprefix("agent=")) or None)
 
 
 class LiveSource:
@@ -79,10 +49,11 @@ class LiveSource:
         addresses = [LiveAddress.parse(one.path) for one in wanted.sources]
         first = _only_machine(addresses)
         with ExitStack() as stack:
-            vm = stack.enter_context(_attached(first.monitor, wanted.vm_id, self._timeout))
+            vm = stack.enter_context(attached(first.monitor, wanted.vm_id, self._timeout))
             bitmaps = _Bitmaps(wanted)
             disks = [_plan(vm, bitmaps, wanted, one, at) for one, at in zip(wanted.sources, addresses, strict=True)]
-            overlays = [_Overlay.make(vm, one, self._scratch) for one in disks]
+            require_room(self._scratch)
+            overlays = [Overlay.make(vm, one.source.number, one.address.node, one.size, self._scratch) for one in disks]
             actions = [action for one in disks for action in one.actions(bitmaps.new)]
             actions += [overlay.action(vm) for overlay in overlays]
             with quiesced(first.agent) if first.agent else nullcontext(Quiesced()) as state:
@@ -92,15 +63,16 @@ class LiveSource:
             vm.serve()
             opened = []
             for one, overlay in zip(disks, overlays, strict=True):
-                disk = stack.enter_context(vm.export(overlay.node, one, self._timeout))
+                disk = stack.enter_context(one.exported(vm, overlay.node))
                 opened.append(one.opened(disk, bitmaps.new, state))
             consistency = Consistency.APPLICATION if state.held else Consistency.CRASH
+            stack.enter_context(room_watched(vm, self._scratch))
             yield Instant(tuple(opened), consistency, partial(self._acknowledge, wanted, disks))
 
     def _acknowledge(self, wanted: Wanted, disks: Sequence[_Planned]) -> None:
         """Drop the bitmaps that recorded until this point. What cannot be dropped now, the next cycle drops."""
         with suppress(SourceError), Monitor(disks[0].address.monitor, timeout_seconds=self._timeout) as monitor:
-            vm = _Machine(monitor, wanted.vm_id, self._timeout)
+            vm = Machine(monitor, wanted.vm_id, self._timeout)
             for one in disks:
                 vm.drop_bitmaps(one.address.node, [one.named] if one.named else [])
 
@@ -110,18 +82,12 @@ def look(path: str, *, timeout_seconds: float = 30) -> Iterator[Disk]:
     """Open a disk of a running QEMU as it is at each moment: to learn what it is, not to replicate it."""
     address = LiveAddress.parse(path)
     with ExitStack() as stack:
-        vm = stack.enter_context(_attached(address.monitor, LOOKING, timeout_seconds))
+        vm = stack.enter_context(attached(address.monitor, LOOKING, timeout_seconds))
         about = vm.node(address)
         source = SourceDisk(0, address.node, path)
         one = _Planned(source, address, about.size, Found(SCAN, "looked at"), about.file, about.format)
         vm.serve()
-        yield stack.enter_context(vm.export(address.node, one, timeout_seconds))
-
-
-def default_scratch_folder() -> Path:
-    """Return TMPDIR, or /var/tmp where there is one: overlays can grow, and /tmp is often memory."""
-    large = Path("/var/tmp")
-    return Path(tempfile.gettempdir()) if "TMPDIR" in os.environ or not large.is_dir() else large
+        yield stack.enter_context(one.exported(vm, address.node))
 
 
 def _only_machine(addresses: Sequence[LiveAddress]) -> LiveAddress:
@@ -180,6 +146,11 @@ class _Planned:
                 made.append({"type": "block-dirty-bitmap-merge", "data": merge})
         return made
 
+    def exported(self, vm: Machine, node: str) -> NbdDisk:
+        """Export ``node`` as this disk, with the bitmap that tells what changed."""
+        bitmap = (self.address.node, self.named) if self.named is not None else ()
+        return vm.export(node, self.source.number, name=self.source.path, image_format=self.format, bitmap=bitmap)
+
     def opened(self, disk: NbdDisk, new: str, state: Quiesced) -> OpenSource:
         """Return the disk for the cycle."""
         about = {"kind": KIND, "node": self.address.node, "file": self.file, BITMAP: new}
@@ -191,7 +162,7 @@ class _Planned:
         return OpenSource(self.source, disk, found, about)
 
 
-def _plan(vm: _Machine, bitmaps: _Bitmaps, wanted: Wanted, source: SourceDisk, address: LiveAddress) -> _Planned:
+def _plan(vm: Machine, bitmaps: _Bitmaps, wanted: Wanted, source: SourceDisk, address: LiveAddress) -> _Planned:
     about = vm.node(address)
     if about.read_only:
         raise SourceError(
@@ -235,255 +206,3 @@ def _trusted(
 
 def _is_usable(bitmap: dict[str, Any]) -> bool:
     return not (bitmap.get("inconsistent") or bitmap.get("busy") or bitmap.get("persistent"))
-
-
-# -- what QEMU is told ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Node:
-    """What QEMU tells of a block node."""
-
-    size: int
-    read_only: bool
-    format: str
-    file: str
-    bitmaps: dict[str, dict[str, Any]]
-
-
-class _Machine:
-    """A running QEMU, with the names of what we put into it."""
-
-    def __init__(self, monitor: Monitor, vm_id: str, timeout_seconds: float) -> None:
-        self.monitor = monitor
-        self.prefix = f"godwit-{vm_id[:8]}-"  # names of nodes have 31 characters at most
-        self._prefixes = (self.prefix, f"godwit-{LOOKING[:8]}-")
-        self.stack = ExitStack()
-        self.scratch: list[IO[bytes]] = []
-        self._vm_id = vm_id
-        self._timeout = timeout_seconds
-        self._socket = ""
-
-    def node(self, address: LiveAddress) -> _Node:
-        """Return what there is about a node. Raises SourceError."""
-        for one in self.monitor.rows("query-named-block-nodes", flat=True):
-            if one.get("node-name") == address.node:
-                try:
-                    return _Node(
-                        int(one["image"]["virtual-size"]),
-                        bool(one["ro"]),
-                        _FORMATS.get(one["drv"], str(one["drv"])),
-                        str(one["file"]),
-                        {str(bitmap["name"]): bitmap for bitmap in one.get("dirty-bitmaps", ())},
-                    )
-                except (KeyError, TypeError, ValueError) as error:
-                    raise SourceError("QEMU describes the node in an unknown way", path=str(address)) from error
-        raise SourceError(
-            f"the running machine has no block node {address.node!r}",
-            path=str(address),
-            hint="query-named-block-nodes lists them; -blockdev node-name=NAME names one",
-        )
-
-    def drop_bitmaps(self, node: str, names: Sequence[str]) -> None:
-        """Remove bitmaps. Raises MonitorError."""
-        for name in names:
-            self.monitor.execute("block-dirty-bitmap-remove", node=node, name=name)
-
-    def serve(self) -> None:
-        """Start QEMU's NBD server on a socket that only this process can reach. Raises SourceError."""
-        prefix = f"godwit-{self._vm_id}-"
-        if self._vm_id != LOOKING:  # of a VM, one cycle at a time is at work: others' folders are of killed ones
-            for old in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-                shutil.rmtree(old, ignore_errors=True)
-        folder = self.stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix))
-        self._socket = str(Path(folder) / "nbd")
-        name = f"{self.prefix}nbd"
-        with _listening(self._socket) as listener:
-            self.monitor.execute("getfd", descriptor=listener.fileno(), fdname=name)
-            try:
-                self.monitor.execute("nbd-server-start", addr={"type": "fd", "data": {"str": name}})
-            except MonitorGoneError:
-                raise
-            except MonitorError as error:
-                self._try("closefd", fdname=name)
-                raise SourceError(
-                    f"QEMU's NBD server is in use: {error.message}",
-                    path=self.monitor.path,
-                    hint="QEMU has one server only; the monitor's nbd-server-stop ends it",
-                ) from error
-
-    def export(self, node: str, one: _Planned, timeout_seconds: float) -> NbdDisk:
-        """Export a node, with the disk's frozen bitmap if it has one, and return it opened."""
-        name = f"{self.prefix}{one.source.number}"
-        bitmaps = [{"node": one.address.node, "name": one.named}] if one.named else []
-        self.monitor.execute(
-            "block-export-add", type="nbd", id=name, node_name=node, name=name, writable=False, bitmaps=bitmaps
-        )
-        address = UnixAddress(self._socket)
-        return NbdDisk(address, name, name=one.source.path, format=one.format, timeout_seconds=timeout_seconds)
-
-    def remove_ours(self) -> None:
-        """Remove exports, server, jobs and nodes of ours, whoever made them. Raises MonitorError.
-
-        The backup job goes last of what touches the guest: until then what is read stays as it was.
-        """
-        exports = self.monitor.rows("query-block-exports")
-        ours = self._ours(exports, "id")
-        jobs, nodes = self._jobs(), self._nodes()
-        for name in ours:
-            self._try("block-export-del", id=name, mode="hard")
-        if ours:
-            self.monitor.wait_until(
-                lambda: not self._ours(self.monitor.rows("query-block-exports"), "id"), "close the exports"
-            )
-        foreign = [one for one in exports if one.get("type") == "nbd" and one.get("id") not in ours]
-        if (ours or jobs or nodes or self._socket) and not foreign:
-            self._try("nbd-server-stop")
-        self.monitor.wait_until(self._end_jobs, "end the backup")
-        self.monitor.wait_until(self._delete_nodes, "close the overlays")
-        for fdset in self.monitor.rows("query-fdsets"):
-            if any(str(fd.get("opaque", "")).startswith(self._prefixes) for fd in fdset.get("fds", ())):
-                self._try("remove-fd", fdset_id=fdset.get("fdset-id"))
-        for file in self.scratch:  # QEMU may keep it open a while
-            with suppress(OSError):
-                file.truncate(0)
-
-    def _jobs(self) -> list[dict[str, Any]]:
-        return [one for one in self.monitor.rows("query-jobs") if str(one.get("id", "")).startswith(self._prefixes)]
-
-    def _nodes(self) -> list[str]:
-        return self._ours(self.monitor.rows("query-named-block-nodes", flat=True), "node-name")
-
-    def _ours(self, rows: list[dict[str, Any]], name: str) -> list[str]:
-        return [one[name] for one in rows if str(one.get(name, "")).startswith(self._prefixes)]
-
-    def _end_jobs(self) -> bool:
-        jobs = self._jobs()
-        for job in jobs:
-            if job.get("status") == "concluded":
-                self._try("job-dismiss", id=job["id"])
-            elif job.get("type") == "backup":
-                self._try("block-job-cancel", device=job["id"], force=True)
-        return not jobs
-
-    def _delete_nodes(self) -> bool:
-        nodes = self._nodes()
-        for name in nodes:
-            self._try("blockdev-del", node_name=name)  # refused as long as another stands on it
-        return not nodes
-
-    def _try(self, command: str, **arguments: Any) -> None:
-        try:
-            self.monitor.execute(command, **arguments)
-        except MonitorGoneError:
-            raise
-        except MonitorError:
-            pass
-
-
-@contextmanager
-def _attached(path: str, vm_id: str, timeout_seconds: float) -> Iterator[_Machine]:
-    """Connect to a QEMU, remove what an earlier cycle left in it, and on leaving all that this one puts there."""
-    with Monitor(path, timeout_seconds=timeout_seconds) as monitor:
-        vm = _Machine(monitor, vm_id, timeout_seconds)
-        vm.remove_ours()
-        with vm.stack:
-            try:
-                yield vm
-            except BaseException:
-                with suppress(SourceError):  # what went wrong first is told
-                    _detach(vm, path, timeout_seconds)
-                raise
-            vm.remove_ours()
-
-
-def _detach(vm: _Machine, path: str, timeout_seconds: float) -> None:
-    try:
-        vm.remove_ours()
-    except MonitorGoneError:  # the connection may be what broke
-        vm.monitor.close()
-        with Monitor(path, timeout_seconds=timeout_seconds) as again:
-            vm.monitor = again
-            vm.remove_ours()
-
-
-@dataclass(frozen=True, slots=True)
-class _Overlay:
-    """A scratch overlay over a disk: what the guest overwrites goes there first, and the rest shows through."""
-
-    node: str
-    source: _Planned
-
-    @classmethod
-    def make(cls, vm: _Machine, one: _Planned, folder: Path) -> Self:
-        """Make the overlay in a file without a name, which ends with the last process that has it open."""
-        name = f"{vm.prefix}{one.source.number}"
-        file = vm.stack.enter_context(_scratch_file(folder))
-        vm.scratch.append(file)
-        given = vm.monitor.execute("add-fd", descriptor=file.fileno(), opaque=name)
-        path = f"/dev/fdset/{given['fdset-id']}"
-        vm.monitor.execute("blockdev-add", driver="file", node_name=f"{name}-file", filename=path)
-        options = {"driver": "qcow2", "file": f"{name}-file", "size": one.size}
-        vm.monitor.execute("blockdev-create", job_id=f"{name}-create", options=options)
-        vm.monitor.wait_until(lambda: _is_created(vm.monitor, f"{name}-create"), "make an overlay")
-        vm.monitor.execute(
-            "blockdev-add",
-            driver="qcow2",
-            node_name=f"{name}-over",
-            file=f"{name}-file",
-            backing=one.address.node,
-        )
-        return cls(f"{name}-over", one)
-
-    def action(self, vm: _Machine) -> dict[str, Any]:
-        """Return what begins, within the transaction, to keep the instant."""
-        data = {
-            "job-id": f"{vm.prefix}{self.source.source.number}-backup",
-            "device": self.source.address.node,
-            "target": self.node,
-            "sync": "none",
-        }
-        return {"type": "blockdev-backup", "data": data}
-
-
-def _is_created(monitor: Monitor, job_id: str) -> bool:
-    for job in monitor.rows("query-jobs"):
-        if job.get("id") == job_id:
-            if job.get("status") != "concluded":
-                return False
-            if "error" in job:
-                raise SourceError(f"QEMU cannot make a scratch overlay: {job['error']}", path=monitor.path)
-            monitor.execute("job-dismiss", id=job_id)
-    return True
-
-
-@contextmanager
-def _scratch_file(folder: Path) -> Iterator[IO[bytes]]:
-    """A file without a name."""
-    try:
-        free = shutil.disk_usage(folder).free
-        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise SourceError(f"no scratch file can be made: {error.strerror}", path=str(folder)) from error
-    with file:
-        if free < LEAST_SCRATCH_BYTES:
-            raise SourceError(
-                "there is no room for what the guest overwrites while it is read",
-                path=str(folder),
-                hint="TMPDIR names another folder for scratch files",
-            )
-        yield file
-
-
-@contextmanager
-def _listening(path: str) -> Iterator[socket.socket]:
-    if sys.platform == "win32":
-        raise SourceError("running machines are replicated on Linux only")
-    else:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            try:
-                listener.bind(path)
-                listener.listen(64)
-            except OSError as error:
-                raise SourceError(f"no socket can be made: {error.strerror or error}", path=path) from error
-            yield listener

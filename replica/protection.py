@@ -53,7 +53,7 @@ def protect(
 ) -> tuple[ProtectedVm, Settings]:
     """Begin to protect the VM whose disks these are, the boot disk first. Nothing is copied yet.
 
-    Disks are files, or addresses of a running machine's disks (``replica.live.LiveAddress`` as text).
+    Disks are files, or addresses of a running machine's disks (``replica.qemu.LiveAddress`` as text).
 
     With ``vault``, the one that stands before ``store``, the VM is encrypted; raises TenantKeyError then.
     ``keep`` is the retention rule, None for the default.

@@ -17,10 +17,10 @@ from cli import main
 from cli.output import Output
 from replica import catalog, cycle, history, protection
 from replica.errors import GodwitError, SourceError, StoreError
-from replica.live import LiveAddress
 from replica.model import Consistency, Point
 from replica.monitor import Monitor
 from replica.nbd.disk import NbdDisk
+from replica.qemu import LiveAddress
 from replica.stores.memory import MemoryStore
 from tests.support.engine import BLOCK, WORKERS, make_host, restore_disk
 from tests.support.guest_agent import FakeAgent
@@ -242,6 +242,28 @@ def test_a_bitmap_that_somebody_removed_is_noticed(lab: Lab) -> None:
     lab.qemu.control("block-dirty-bitmap-remove", node="d1", name=lab.qemu.bitmaps(1)[0])
     lab.qemu.write(1, 9 * MIB, BLOCK, 1)
     assert _found_by(lab.replicate()) == ["bitmap", "scan", "bitmap"]
+
+
+def test_where_room_for_scratch_gets_short_the_guest_goes_on_and_nothing_is_published(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.replicate()
+    lab.qemu.write(0, 9 * MIB, BLOCK, 1)
+
+    def fill() -> None:
+        monkeypatch.setattr("replica.scratch.LEAST_ROOM_BYTES", 1 << 60)
+        while lab.qemu.control("query-jobs"):
+            pass
+        lab.qemu.write(0, 9 * MIB, BLOCK, 2)  # what is read now is no instant any more
+
+    with pytest.raises(SourceError, match="MiB are left"), before_the_first_read(fill):
+        cycle.replicate(lab.store, lab.host, lab.vm, workers=WORKERS)
+    with pytest.raises(SourceError, match="MiB are left"):
+        cycle.replicate(lab.store, lab.host, lab.vm, workers=WORKERS)
+    monkeypatch.undo()
+    assert lab.qemu.ours() == []
+    point = lab.replicate()
+    assert (_found_by(point), point.cycle.changed_blocks) == (["bitmap"] * 3, 1)
 
 
 def test_foreign_bitmaps_are_left_alone(lab: Lab) -> None:

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from replica.live import LiveAddress
 from replica.monitor import Monitor, MonitorGoneError
+from replica.qemu import LiveAddress
 
 QEMU = "qemu-system-x86_64"
 
