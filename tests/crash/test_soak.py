@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from replica import catalog, cycle, garbage, history, pins, prune, retention, verify
+from replica import catalog, cycle, garbage, history, lease, pins, prune, retention, verify
 from replica.catalog import ProtectedVm
 from replica.errors import GodwitError, LeaseHeldError, LeaseLostError, UsageError
 from replica.host import Host
@@ -40,7 +40,7 @@ SCHEDULES = int(os.environ.get("GODWIT_SOAK", "200"))
 FIRST = int(os.environ.get("GODWIT_SOAK_FIRST", "0"))
 ONE_SEED = os.environ.get("GODWIT_SOAK_SEED")
 SHARES = 4
-EVENTS = 45
+EVENTS = 50
 MOST_BLOCKS = 10
 WORKERS = Workers(threads=1, uploads=1)
 RULE = retention.parse("all:10m,last:2,hourly:2")
@@ -83,6 +83,7 @@ class _Job:
         self.read: dict[Path, bytes] = {}  # the disks as they were when a cycle opened them
         self.point: Point | None = None
         self.pinned: int | None = None
+        self.epoch = 0  # of the lease that it took
         self.is_disturbed = False  # by faults, another agent, or whoever writes to the disks
 
 
@@ -102,6 +103,9 @@ class Schedule:
         self.pinned: set[int] = set()
         self.outcomes: Counter[str] = Counter()
         self.stamp_ns = 1_000_000_000
+        self.fenced = 0  # nothing of an earlier epoch may be published any more
+        self.event = 0
+        self.asleep_until = [0, 0]  # by agent, the event that wakes it
         folder.mkdir()
         for path in self.paths:
             path.write_bytes(random_blocks(self.draw.randrange(1000), self.draw.randint(1, MOST_BLOCKS)))
@@ -111,8 +115,8 @@ class Schedule:
     # --- what happens
 
     def run(self) -> None:
-        for _ in range(EVENTS):
-            self._event()
+        for self.event in range(EVENTS):
+            self._happen()
         for turn in range(len(self.agents)):
             while self.agents[turn] is not None:
                 self._let_go_on(turn, 1000)
@@ -120,16 +124,26 @@ class Schedule:
         self._check_points()
         self._finish_cleanly()
 
-    def _event(self) -> None:
+    def _happen(self) -> None:
         self.store.lags = self.draw.random() < 0.1
         event = self.draw.choices(
-            [self._work, self._write_to_a_disk, self._let_time_pass, self._jump, self._kill, self._check_points],
-            [60, 12, 14, 5, 6, 3],
+            [
+                self._work,
+                self._write_to_a_disk,
+                self._let_time_pass,
+                self._jump,
+                self._kill,
+                self._fall_asleep,
+                self._check_points,
+            ],
+            [60, 12, 14, 5, 6, 6, 3],
         )[0]
         event()
 
     def _work(self) -> None:
         turn = self.draw.randrange(len(self.agents))
+        if self.asleep_until[turn] > self.event:
+            turn = 1 - turn
         if self.agents[turn] is None:
             self._start(turn)
         self._let_go_on(turn, self.draw.choice([1, 2, 3, 5, 8, 1000, 1000]))
@@ -141,6 +155,20 @@ class Schedule:
             self._others_are_disturbed(turn)
             at_work[0].kill(applied=self.draw.random() < 0.5)
             self._settle(turn)
+
+    def _fall_asleep(self) -> None:
+        """Let an agent sleep in the middle of what it does, while the other may do all sorts of things."""
+        turn = self.draw.randrange(len(self.agents))
+        at_work = self.agents[turn]
+        if at_work is None or self.asleep_until[1 - turn] > self.event:
+            return
+        while self.draw.random() < 0.95 and self.agents[turn] is not None:
+            kind, key = at_work[0].next_request
+            if kind == "create" and key.startswith(self.found.keys.manifests):  # the worst of all moments
+                break
+            self._let_go_on(turn, 1)
+        self.asleep_until[turn] = self.event + self.draw.choice([2, 4, 8, 20])
+        self._clock(self.hosts[1 - turn]).advance(TERM.total_seconds() + 1)
 
     def _let_time_pass(self) -> None:
         seconds = self.draw.choice([1, 30, 61, 200, TERM.total_seconds() + 1, 3700, 9000])
@@ -228,6 +256,8 @@ class Schedule:
 
     def _note(self, kind: str, key: str, job: _Job) -> None:
         """Keep account of the points in the store, request by request."""
+        if key == self.found.keys.lease and kind == "replace":
+            job.epoch = lease.read(self.store, self.found.keys)[0].epoch
         if not key.startswith(self.found.keys.manifests) or kind not in ("create", "delete"):
             return
         number = int(key.removeprefix(self.found.keys.manifests).removesuffix(".json"))
@@ -235,7 +265,13 @@ class Schedule:
             assert job.name == "prune", f"{job.name} deleted point {number}"
             assert any(number < other for other in self.published.keys() - self.pruned), "the newest point was pruned"
             self.pruned.add(number)
-        elif isinstance(history.read(self.store, self.found.keys, number), Point):
+            return
+        made = history.read(self.store, self.found.keys, number)
+        if number not in self.published:
+            assert made.epoch == job.epoch
+            assert made.epoch >= self.fenced, "a writer whose lease was taken over has published"
+            self.fenced = made.epoch
+        if isinstance(made, Point):
             self.pruned.discard(number)  # pinned at the last moment, and put back
             if number not in self.published:
                 assert job.name == "replicate"
@@ -254,6 +290,9 @@ class Schedule:
                 raise error
             if not job.is_disturbed and not agent.died and not isinstance(error, LeaseHeldError | UsageError):
                 raise error
+        if error is None:
+            # Whoever has done its work under a lease has seen to it that no earlier holder publishes.
+            self.fenced = max(self.fenced, job.epoch)
         if job.point is not None:
             self.reported.add(job.point.point)
         if job.pinned is not None:

@@ -42,6 +42,7 @@ class Agent:
         self.name = name
         self.error: BaseException | None = None
         self.died = False
+        self.next_request = ("", "")  # kind and key of the one that it stands before
         self._job = job
         self._allowed = 0
         self._dies_after = False
@@ -118,6 +119,7 @@ class GatedStore(_Around):
         self._done = done
 
     def _call(self, kind: str, key: str, sent: int, work: Callable[[], T]) -> T:
+        self._agent.next_request = kind, key
         self._agent.before_request()
         try:
             result = work()
