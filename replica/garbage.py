@@ -86,8 +86,8 @@ class References:
             raise _unsafe(found, error) from error
 
     def newest(self, vm_id: str) -> int:
-        """Return the VM's newest point before its history was read, 0 for none."""
-        return self._newest[vm_id]
+        """Return the VM's newest point before its history was read, 0 for none or a VM that was not listed yet."""
+        return self._newest.get(vm_id, 0)
 
     def __contains__(self, key: str) -> bool:
         """Whether a segment or map part is referred to, by its key."""
