@@ -103,6 +103,8 @@ class Machine:
         folder = self.stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix))
         self._socket = str(Path(folder) / "nbd")
         name = f"{self.prefix}nbd"
+        # A node tells whoever comes after us, should we be killed before anything is exported, that the server is ours.
+        self._try("blockdev-add", driver="null-co", node_name=f"{self.prefix}server", read_zeroes=True)
         with _listening(self._socket) as listener:
             self.monitor.execute("getfd", descriptor=listener.fileno(), fdname=name)
             try:

@@ -218,6 +218,26 @@ def test_what_a_killed_cycle_left_is_removed_by_the_next(lab: Lab, monkeypatch: 
     lab.assert_restores()
 
 
+def test_what_a_killed_look_at_a_disk_left_is_removed_by_the_next_cycle(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.replicate()
+    execute = Monitor.execute
+
+    def dying(self: Monitor, command: str, **arguments: object) -> object:
+        if command == last:
+            raise KilledError
+        return execute(self, command, **arguments)  # type: ignore[arg-type]
+
+    for last in ("nbd-server-start", "block-export-add", "block-export-del"):
+        with monkeypatch.context() as patch, pytest.raises(KilledError):
+            patch.setattr(Monitor, "execute", dying)
+            if last != "block-export-del":
+                patch.setattr("replica.qemu.Machine.remove_ours", lambda _: None)
+            protection.update(lab.store, lab.host, lab.vm, disks=lab.qemu.addresses())
+        assert _found_by(lab.replicate()) == ["bitmap"] * 3
+
+
 def test_an_interrupted_cycle_leaves_nothing_in_qemu(lab: Lab) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
