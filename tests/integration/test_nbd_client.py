@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,12 @@ SIZE = 64 * MIB
 Serve = Callable[..., UnixAddress]
 
 
+def _listens(path: Path) -> bool:
+    """Whether somebody accepts connections there: the socket's file comes a moment before."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
     """Start qemu-nbd on an image."""
@@ -34,7 +41,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         path = tmp_path / f"nbd{len(started)}.sock"
         command = ["qemu-nbd", "-k", str(path), "-f", image_format, "-r", "-e", "16", "-t", *options, str(image)]
         started.append(subprocess.Popen(command))
-        while not path.exists():
+        while not _listens(path):
             assert started[-1].poll() is None, "qemu-nbd ended"
             time.sleep(0.01)
         return UnixAddress(str(path))

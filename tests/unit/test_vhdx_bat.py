@@ -105,13 +105,6 @@ def test_changed_pages_outlive_the_cache_until_released(
     assert table.entry(3) == int(entries[3])
 
 
-def test_forgotten_pages_are_read_from_the_file_again(bat: tuple[Bat, np.ndarray]) -> None:
-    table, entries = bat
-    table.set_entry(5, 1)
-    table.forget()
-    assert table.entry(5) == int(entries[5])
-
-
 def test_a_file_that_ends_inside_the_table_is_corrupt(tmp_path: Path) -> None:
     path = tmp_path / "short"
     path.write_bytes(b"\0" * 70000)
