@@ -150,19 +150,25 @@ def _mount(folder: Path, options: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False, capture_output=True)
 
 
+def _used(folder: Path) -> tuple[int, int]:
+    """Return the bytes and the inodes in use of a file system."""
+    if sys.platform == "win32":  # where the fixture skips
+        return 0, 0
+    used = os.statvfs(folder)
+    return (used.f_blocks - used.f_bfree) * used.f_frsize, used.f_files - used.f_ffree
+
+
 @pytest.mark.parametrize("scarce", ["bytes", "inodes"])
 def test_a_file_system_that_fills_up_in_the_middle_of_a_cycle(tmp_path: Path, small_disk: Path, scarce: str) -> None:
     lab = _changed_lab(tmp_path / "vm", open_store(str(small_disk / "store"), create=True))
     assert isinstance(lab.host.clock, FakeClock)
-    assert sys.platform != "win32"  # where the fixture has skipped it
     failed = 0
     for room in range(0, 40):
-        used = os.statvfs(small_disk)
+        used_bytes, used_inodes = _used(small_disk)
         if scarce == "bytes":
-            size = (used.f_blocks - used.f_bfree) * used.f_frsize + room * 8 * 4096
-            limits = f"remount,size={size},nr_inodes=400"
+            limits = f"remount,size={used_bytes + room * 8 * 4096},nr_inodes=400"
         else:
-            limits = f"remount,size=8m,nr_inodes={used.f_files - used.f_ffree + room}"
+            limits = f"remount,size=8m,nr_inodes={used_inodes + room}"
         assert _mount(small_disk, limits).returncode == 0
         try:
             lab.replicate(store=open_store(str(small_disk / "store")))
