@@ -75,7 +75,7 @@ def test_samples_read_as_qemu_reads_them(folder: Path, name: str) -> None:
         assert_reads_as(disk, convert(path, folder))
 
 
-@pytest.mark.parametrize("name", ["fixed.vhdx", "dynamic.vhdx", "btrfs.vhdx"])
+@pytest.mark.parametrize("name", NAMES)
 def test_samples_read_as_libvhdi_and_dissect_read_them(folder: Path, name: str) -> None:
     pyvhdi = pytest.importorskip("pyvhdi")
     dissect = pytest.importorskip("dissect.hypervisor.disk.vhdx")
