@@ -10,6 +10,7 @@ from typing import Final
 from replica.model import DiskRecord
 from vhdx.disk import Disk, Extents
 from vhdx.formats import chain_of
+from vhdx.osfile import translated
 from vhdx.vhdx import VhdxDisk
 
 SCAN: Final = "scan"
@@ -40,7 +41,8 @@ def identity(disk: Disk) -> dict[str, str]:
         return about
     states = []
     for link in disk.chain:
-        status = link.path.stat()
+        with translated(link.path, "ask for the file's times"):
+            status = link.path.stat()
         states.append(f"{link.image.data_write_guid}/{status.st_size}/{status.st_mtime_ns}")
     return {**about, "virtual_disk_id": str(disk.image.metadata.disk_id), "state": " ".join(states)}
 
