@@ -285,7 +285,8 @@ class Schedule:
         error = agent.error
         self.outcomes[f"{job.name}: {type(error).__name__ if error else 'done'}"] += 1
         if error is not None:
-            expected = (SimulatedCrash,) if agent.died else (GodwitError, DiskError)
+            # What a dead process had met before, in work that it had begun, may come up in the place of its death.
+            expected = (GodwitError, DiskError, SimulatedCrash) if agent.died else (GodwitError, DiskError)
             if not isinstance(error, expected):
                 raise error
             if not job.is_disturbed and not agent.died and not isinstance(error, LeaseHeldError | UsageError):
