@@ -46,11 +46,6 @@ def zero_hash(seed: int) -> HashArray:
     return hash_blocks(memoryview(ZERO_BLOCK), seed)
 
 
-def is_zero(data: memoryview) -> bool:
-    """Whether all bytes of ``data`` (a multiple of 8) are zero."""
-    return not np.frombuffer(data, "<u8").any()
-
-
 class Digest:
     """The order-independent check over all data blocks of a disk: add what is there, subtract what is replaced."""
 

@@ -45,9 +45,13 @@ def ordered(
 
 
 def _result(future: Future[Result], tick: Callable[[], None]) -> Result:
-    while not wait([future], timeout=TICK_SECONDS).done:
-        tick()
-    return future.result()
+    while True:
+        try:
+            return future.result(TICK_SECONDS)
+        except TimeoutError:
+            if future.done():  # the work's own error, not the wait's
+                raise
+            tick()
 
 
 class Uploads:
