@@ -42,7 +42,8 @@ class Lab:
     def __init__(self, qemu: RunningQemu, folder: Path, agent: str | None = None) -> None:
         self.qemu = qemu
         self.store = MemoryStore("live")
-        self.host = make_host(folder / "state")
+        # Two runs of these tests side by side must not take each other for one VM: what is left of it is cleared away.
+        self.host = make_host(folder / "state", seed=os.getpid())
         catalog.init_store(self.store, self.host)
         self.vm, _ = protection.protect(self.store, self.host, tenant="default", name="vm", disks=qemu.addresses(agent))
         self.points: dict[int, tuple[bytes, ...]] = {}
