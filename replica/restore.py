@@ -20,7 +20,7 @@ from replica.model import DiskRecord, Point
 from replica.pipeline import ordered
 from replica.reader import BlockReader, Fetch, digest_of, plan_fetches
 from replica.stores.store import Store
-from replica.workers import Workers
+from replica.workers import BATCHES_PER_THREAD, Workers
 from vhdx.disk import Extents, ReadableBuffer
 from vhdx.progress import Progress, silent
 
@@ -62,7 +62,7 @@ class PointReader:
     """Reads one recovery point."""
 
     def __init__(self, store: Store, host: Host, found: ProtectedVm, point: Point, workers: Workers) -> None:
-        self._workers = workers
+        self._fetches = workers.fetches(store.url)
         self._point = point
         self._map = BlockMap(point.maps, MapStore(store, found.keys, map_cache(host)).fetch)
         self._reader = BlockReader(store, found.keys.tenant, found.vm.hash_seed)
@@ -103,8 +103,8 @@ class PointReader:
                 target.write_at(number * BLOCK_BYTES, data if room >= BLOCK_BYTES else memoryview(data)[:room])
             return len(read.numbers) * BLOCK_BYTES
 
-        with ThreadPoolExecutor(self._workers.fetches, "restore") as pool:
-            results = ordered(pool, work, fetches(), limit=self._workers.fetches + self._workers.threads)
+        with ThreadPoolExecutor(self._fetches, "restore") as pool:
+            results = ordered(pool, work, fetches(), limit=self._fetches * BATCHES_PER_THREAD)
             with closing(results):
                 for count in results:
                     done += count

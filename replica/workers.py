@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 BATCHES_PER_THREAD: Final = 3
+LOCAL: Final = ("file:", "memory:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +25,13 @@ class Workers:
         """How many batches are under way or waiting to be taken."""
         return self.threads * BATCHES_PER_THREAD
 
-    @property
-    def fetches(self) -> int:
-        """How many reads from the store are under way at once: some wait for it while others unpack."""
-        return self.threads + self.uploads
+    def fetches(self, store_url: str) -> int:
+        """Return how many reads from the store are under way at once.
+
+        From a store across a network some wait for answers while others unpack. A folder answers at once: more
+        threads than processors would only stand in each other's way.
+        """
+        return self.threads if store_url.startswith(LOCAL) else self.threads + self.uploads
 
 
 def default_workers() -> Workers:
