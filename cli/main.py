@@ -110,6 +110,10 @@ def main() -> None:
     # The work is done and its exit code stands: from here on an interruption would only spoil the answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if code == failure.INTERRUPTED:
+        from vhdx.temporary import sweep_temporaries  # noqa: PLC0415 - needed by few
+
+        sweep_temporaries()
     gc.freeze()  # or the interpreter, on its way out, searches for garbage in all that was imported
     try:
         sys.stderr.flush()

@@ -20,9 +20,10 @@ from replica.workers import Workers
 from vhdx import qcow2
 from vhdx.bulk import file_exists, name_file
 from vhdx.convert import CONVERT_FORMATS, ConvertFormat
-from vhdx.osfile import OS_FILES, Files, open_file, temporary_path, translated
+from vhdx.osfile import OS_FILES, Files, open_file, translated
 from vhdx.progress import Progress, silent
 from vhdx.target import create_target
+from vhdx.temporary import temporary_path
 
 FORMATS: Final = CONVERT_FORMATS
 LONGEST_NAME_BYTES: Final = 200

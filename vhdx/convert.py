@@ -16,11 +16,12 @@ from vhdx.disk import Disk, Extents
 from vhdx.errors import CorruptDiskError, OsError
 from vhdx.extents import runs_of, total_length
 from vhdx.formats import chain_of, detect_format, open_disk
-from vhdx.osfile import OS_FILES, Files, temporary_path, translated
+from vhdx.osfile import OS_FILES, Files, translated
 from vhdx.pieces import Buffers, worked
 from vhdx.progress import Progress, silent
 from vhdx.raw import RawDisk
 from vhdx.target import Target, TargetFormat, create_target
+from vhdx.temporary import temporary_path
 from vhdx.told import told_as
 from vhdx.windows import length_of
 

@@ -22,7 +22,7 @@ from vhdx.bulk import BulkDisk, file_exists, name_file
 from vhdx.errors import OutOfRangeError, ParentError, UnsupportedDiskError
 from vhdx.headers import GuidFactory
 from vhdx.image import VhdxImage
-from vhdx.osfile import OS_FILES, File, Files, temporary_path
+from vhdx.osfile import OS_FILES, File, Files
 from vhdx.structures import (
     BAT_ENTRY_SIZE,
     BAT_REGION,
@@ -57,6 +57,7 @@ from vhdx.structures import (
     RegionTable,
     encode_guid,
 )
+from vhdx.temporary import temporary_path
 
 Kind: TypeAlias = Literal["fixed", "dynamic", "differencing"]
 

@@ -16,7 +16,6 @@ import ctypes
 import errno
 import io
 import os
-import secrets
 import stat
 import sys
 import threading
@@ -504,12 +503,6 @@ def remove_file(path: Path | str) -> None:
         except FileNotFoundError:
             return
     fsync_folder(Path(path).parent)
-
-
-def temporary_path(target: Path | str) -> Path:
-    """Return a fresh hidden name beside ``target``, for a file that is to get its name once it is whole."""
-    target = Path(target)
-    return target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
 
 
 class OsFiles:

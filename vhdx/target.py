@@ -10,8 +10,9 @@ from vhdx.bulk import file_exists, name_file
 from vhdx.create import CreateOptions, create_disk
 from vhdx.disk import Extents, ReadableBuffer
 from vhdx.errors import UnsupportedDiskError
-from vhdx.osfile import OS_FILES, Files, temporary_path
+from vhdx.osfile import OS_FILES, Files
 from vhdx.raw import RawDisk
+from vhdx.temporary import temporary_path
 from vhdx.vhd import VhdDisk, open_vhd
 from vhdx.vhd_create import create_dynamic, create_fixed
 

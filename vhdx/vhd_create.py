@@ -10,7 +10,8 @@ from typing import Final
 
 from vhdx.bulk import name_file
 from vhdx.errors import OutOfRangeError
-from vhdx.osfile import OS_FILES, File, Files, temporary_path
+from vhdx.osfile import OS_FILES, File, Files
+from vhdx.temporary import temporary_path
 from vhdx.vhd_structures import (
     DEFAULT_BLOCK_SIZE,
     FOOTER_SIZE,

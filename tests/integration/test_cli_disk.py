@@ -346,6 +346,32 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path: Path, number:
     assert list(target.iterdir()) == []
 
 
+INTERRUPTED_AT_CREATION = """
+import vhdx.osfile
+make = vhdx.osfile._new_file
+def interrupted(path, *, writable=False, create=False):
+    file = make(path, writable=writable, create=create)
+    if create:
+        raise KeyboardInterrupt
+    return file
+vhdx.osfile._new_file = interrupted
+from cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["x.vhdx", "x.vhd", "x.raw"])
+def test_an_interruption_between_making_a_file_and_remembering_it_leaves_nothing(tmp_path: Path, name: str) -> None:
+    source = tmp_path / "source.raw"
+    source.write_bytes(bytes(MIB))
+    target = tmp_path / "out"
+    target.mkdir()
+    command = [sys.executable, "-c", INTERRUPTED_AT_CREATION, "disk", "convert", str(source), str(target / name)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert list(target.iterdir()) == []
+
+
 @pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not installed")
 def test_qcow2_goes_in_and_out(chain: Path, tmp_path: Path) -> None:
     assert godwit("disk", "convert", chain, tmp_path / "x.qcow2", "--verify")[0] == 0

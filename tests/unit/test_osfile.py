@@ -17,7 +17,8 @@ import pytest
 
 from vhdx import osfile
 from vhdx.errors import DiskBusyError, OsError, OutOfRangeError, ReadOnlyError
-from vhdx.osfile import File, PortableFile, link_exclusive, open_file, remove_file, replace_file, temporary_path
+from vhdx.osfile import File, PortableFile, link_exclusive, open_file, remove_file, replace_file
+from vhdx.temporary import temporary_path
 
 FILES: list[Callable[..., File]] = [PortableFile]
 if hasattr(osfile, "PosixFile"):
