@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 Firmware = Literal["ovmf", "seabios"]
+Bus = Literal["virtio", "ide"]  # ide: as a Generation 1 machine of Hyper-V offers its disk
 
 QEMU = "qemu-system-x86_64"
 READY = "GODWIT-READY"
@@ -56,6 +57,7 @@ class _Setup:
     keep_disk: bool
     accelerator: str
     memory_mib: int
+    bus: Bus
 
 
 class Machine:
@@ -71,6 +73,7 @@ class Machine:
         keep_disk: bool = False,
         accelerator: str | None = None,
         memory_mib: int = 512,
+        bus: Bus = "virtio",
     ) -> None:
         """Describe a machine on ``disk``.
 
@@ -79,7 +82,7 @@ class Machine:
         GODWIT_QEMU_ACCEL's unless given, and without that emulation, which every machine can do.
         """
         accelerator = accelerator or os.environ.get("GODWIT_QEMU_ACCEL", "tcg")
-        self._setup = _Setup(disk, firmware, image_format, commands, keep_disk, accelerator, memory_mib)
+        self._setup = _Setup(disk, firmware, image_format, commands, keep_disk, accelerator, memory_mib, bus)
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
@@ -165,13 +168,17 @@ def boot(
     commands: str = "true",
     keep_disk: bool = False,
     timeout_seconds: float = 240,
+    bus: Bus = "virtio",
 ) -> Boot:
     """Start a guest of ``tests.support.debian_guest``, let it run ``commands`` and power off.
 
     Raises BootError where it does not come up, does not end, or QEMU complains; the status of the commands is the
     caller's to judge.
     """
-    with Machine(disk, firmware=firmware, image_format=image_format, commands=commands, keep_disk=keep_disk) as machine:
+    machine = Machine(
+        disk, firmware=firmware, image_format=image_format, commands=commands, keep_disk=keep_disk, bus=bus
+    )
+    with machine:
         ready = machine.wait_for(READY, timeout_seconds=timeout_seconds)
         ready_seconds = machine.seconds
         done = machine.wait_for(DONE, timeout_seconds=timeout_seconds)
@@ -202,7 +209,8 @@ def _command(setup: _Setup, folder: Path, console: list[str]) -> list[str]:
         *(QEMU, "-machine", f"{machine},accel={setup.accelerator}", "-m", str(setup.memory_mib), "-smp", "1"),
         *("-nodefaults", "-display", "none", "-vga", "none", "-no-reboot", "-nic", "none", *console),
         *("-drive", drive + (",snapshot=on" if setup.keep_disk else "")),
-        *("-device", "virtio-blk-pci,drive=disk,bootindex=1", "-device", "virtio-rng-pci"),
+        *("-device", f"{'virtio-blk-pci' if setup.bus == 'virtio' else 'ide-hd'},drive=disk,bootindex=1"),
+        *("-device", "virtio-rng-pci"),
     ]
     if setup.firmware == "ovmf":
         code, variables = _ovmf()
