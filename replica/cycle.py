@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from replica.mapstore import MapBuilder, MapStore, map_cache
 from replica.model import CycleStatistics, DiskRecord, Point
 from replica.packer import Packer
 from replica.pipeline import Uploads, ordered
-from replica.scan import Changes, Comparer, plan
+from replica.scan import Changes, Comparer, Distrust, plan
 from replica.source import OpenDisk, OpenSource, Wanted, change_source, open_for_reading
 from replica.stores.store import Store
 from replica.tracking import SCAN, Found
@@ -52,6 +52,17 @@ class _Totals:
     reused_blocks: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What a cycle builds upon: a point (None: it is the first), and which of its blocks are stored anew.
+
+    With ``distrust``, everything is compared by hash, and nothing that an unfinished cycle left is made use of.
+    """
+
+    point: Point | None
+    distrust: Distrust | None = None
+
+
 def replicate(
     store: Store,
     host: Host,
@@ -70,15 +81,44 @@ def replicate(
     uploaded is used by the next cycle.
     """
     with lease.holding(store, found.keys, host) as held:
-        cycle = _Cycle(store, host, found, held, workers or Workers(), progress)
-        return cycle.run(open_disk, rescan=rescan)
+        return run(
+            store, host, found, held, Basis, workers=workers, progress=progress, open_disk=open_disk, rescan=rescan
+        )
+
+
+def run(
+    store: Store,
+    host: Host,
+    found: ProtectedVm,
+    held: Lease,
+    basis: Callable[[Point | None], Basis],
+    *,
+    workers: Workers | None = None,
+    progress: Progress = silent,
+    open_disk: OpenDisk = open_for_reading,
+    rescan: bool = False,
+) -> Point:
+    """Do what ``replicate`` does under a lease that is held already.
+
+    ``basis`` chooses what to build upon; it is asked once older writers are fenced off, and given the newest point.
+    """
+    newest = history.begin(store, found.keys, host, held)
+    cycle = _Cycle(store, host, found, held, basis(newest), workers or Workers(), progress)
+    return cycle.run(open_disk, rescan=rescan)
 
 
 class _Cycle:
     """A cycle under a lease."""
 
     def __init__(
-        self, store: Store, host: Host, found: ProtectedVm, held: Lease, workers: Workers, progress: Progress
+        self,
+        store: Store,
+        host: Host,
+        found: ProtectedVm,
+        held: Lease,
+        basis: Basis,
+        workers: Workers,
+        progress: Progress,
     ) -> None:
         self._store = store
         self._host = host
@@ -87,7 +127,8 @@ class _Cycle:
         self._workers = workers
         self._progress = progress
         self._settings = catalog.read_settings(store, found.keys, held.settings_version)
-        self._previous = history.begin(store, found.keys, host, held)
+        self._previous = basis.point
+        self._distrust = basis.distrust
         self._number = held.point + 1
         self._totals = _Totals()
 
@@ -108,7 +149,7 @@ class _Cycle:
             )
             packer = Packer(self._store, self._found.keys, maps, uploads, point=self._number, epoch=self._held.epoch)
             tracked = [
-                _Tracked(one, wanted.before.get(one.source.number), Found(SCAN, "asked for") if rescan else one.found)
+                _Tracked(one, wanted.before.get(one.source.number), self._scan(rescan) or one.found)
                 for one in instant.disks
             ]
             records = self._compare_all(tracked, BlockMap(before, map_store.fetch), packer)
@@ -142,6 +183,12 @@ class _Cycle:
         map_store.forget_all_but(ref for one in refs for ref in one.parts)
         return point
 
+    def _scan(self, rescan: bool) -> Found | None:
+        """Return that all is to be compared, and why; None where what the source tells of changes is enough."""
+        if self._distrust is not None:
+            return Found(SCAN, "damage in the store is repaired")
+        return Found(SCAN, "asked for") if rescan else None
+
     @contextmanager
     def _uploads(self) -> Iterator[Uploads]:
         with ThreadPoolExecutor(self._workers.uploads, "upload") as pool:
@@ -171,7 +218,7 @@ class _Cycle:
             return tuple(self._compare(one, known, comparer, packer, pool, total) for one in disks)
 
     def _leftovers(self) -> Leftovers:
-        if not self._held.leftovers:
+        if not self._held.leftovers or self._distrust is not None:
             return Leftovers()
         return Leftovers.after(self._store, self._found.keys, self._previous.point if self._previous else 0)
 
@@ -191,7 +238,7 @@ class _Cycle:
         results = ordered(
             pool,
             comparer,
-            plan(one.disk, number, known, tracked.found.changed),
+            plan(one.disk, number, known, tracked.found.changed, self._distrust),
             limit=self._workers.batches,
             tick=self._held.renew_if_due,
         )

@@ -70,13 +70,18 @@ class BlockReader:
 
     def read(self, fetch: Fetch) -> Blocks:
         """Return the blocks of one fetch. Raises IntegrityError naming the segment where anything is not as it was."""
-        key = VmKeys(self._tenant, fetch.ref.vm_id).segment(fetch.ref.part)
+        key = self._key(fetch)
         try:
             data = self._store.get(key, start=fetch.start, length=fetch.length)
         except ObjectMissingError as error:
             raise IntegrityError("a segment that a recovery point needs is missing", key=key) from error
         if len(data) != fetch.length:
             raise IntegrityError(f"the segment ends before byte {fetch.start + fetch.length}: it was cut", key=key)
+        return self.unpack(fetch, data)
+
+    def unpack(self, fetch: Fetch, data: bytes) -> Blocks:
+        """Return the blocks from the bytes that the fetch names. Raises IntegrityError as ``read`` does."""
+        key = self._key(fetch)
         numbers = (fetch.entries.keys & np.uint64(BLOCK_MASK)).tolist()
         buffers = self._decompress(fetch, data, key)
         digest = xxhash.xxh3_128_digest
@@ -85,6 +90,9 @@ class BlockReader:
         if len(wrong):
             raise self._damaged(fetch, int(wrong[0]), key, "does not have the hash that was taken when it was read")
         return Blocks(numbers, buffers)
+
+    def _key(self, fetch: Fetch) -> str:
+        return VmKeys(self._tenant, fetch.ref.vm_id).segment(fetch.ref.part)
 
     def _decompress(self, fetch: Fetch, data: bytes, key: str) -> list[Any]:
         entries = fetch.entries

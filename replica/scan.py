@@ -28,14 +28,19 @@ from vhdx.disk import Disk, Extents
 BATCH_BLOCKS: Final = 64  # 4 MiB: what one task reads, hashes and compresses
 
 Ranges: TypeAlias = list[tuple[int, int]]  # half-open, block numbers
+Distrust: TypeAlias = Callable[[Window], npt.NDArray[np.bool_]]  # which entries of a window are of damaged frames
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the newest point says of a window's blocks, dense: whether each is data, and its hash if so."""
+    """What the newest point says of a window's blocks, dense: whether each is data, and its hash if so.
+
+    What the store has of the ``distrusted`` ones (None: of none) is damaged: they are stored again in any case.
+    """
 
     is_data: npt.NDArray[np.bool_]
     hashes: HashArray
+    distrusted: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +71,21 @@ class Changes:
 
 
 def plan(
-    disk: Disk, disk_number: int, known: BlockMap, changed: Callable[[], Iterator[Extents]] | None = None
+    disk: Disk,
+    disk_number: int,
+    known: BlockMap,
+    changed: Callable[[], Iterator[Extents]] | None = None,
+    distrust: Distrust | None = None,
 ) -> Iterator[Batch]:
     """Yield the tasks that find everything in which ``disk`` differs from ``known``, in ascending order.
 
-    ``changed`` yields the only extents that may differ; without it all that the disk holds is compared.
+    ``changed`` yields the only extents that may differ; without it all that the disk holds is compared. ``distrust``
+    tells which blocks to store again although they do not differ; only those that are compared can be.
     Memory: a window of the map laid out densely, about 1.1 MiB.
     """
     base = disk_base(disk_number)
     if changed is not None:
-        yield from _plan_changed(disk, base, known, changed())
+        yield from _plan_changed(disk, base, known, changed(), distrust)
         return
     held = _windows_of(disk.allocated())
     mapped = known.windows(base, disk_base(disk_number + 1))
@@ -90,10 +100,12 @@ def plan(
             ranges, next_held = next_held[1], next(held, None)
         if next_mapped is not None and mapped_number == number:
             window, next_mapped = next_mapped, next(mapped, None)
-        yield from _window_batches(disk, base, number, ranges, window)
+        yield from _window_batches(disk, base, number, ranges, window, distrust)
 
 
-def _plan_changed(disk: Disk, base: int, known: BlockMap, changed: Iterator[Extents]) -> Iterator[Batch]:
+def _plan_changed(
+    disk: Disk, base: int, known: BlockMap, changed: Iterator[Extents], distrust: Distrust | None
+) -> Iterator[Batch]:
     for number, touched in _windows_of(changed):
         first = number * WINDOW_BLOCKS
         start, end = first * BLOCK_BYTES, min((first + WINDOW_BLOCKS) * BLOCK_BYTES, disk.size)
@@ -101,7 +113,7 @@ def _plan_changed(disk: Disk, base: int, known: BlockMap, changed: Iterator[Exte
         window = known.window(base + first, base + first + WINDOW_BLOCKS)
         entries = window.entries.take(_within(window.entries.keys - np.uint64(base), touched))
         inside = replace(window, entries=entries) if len(entries) else None
-        yield from _window_batches(disk, base, number, _common(held[0], touched) if held else [], inside)
+        yield from _window_batches(disk, base, number, _common(held[0], touched) if held else [], inside, distrust)
 
 
 def _within(blocks: KeyArray, ranges: Ranges) -> npt.NDArray[np.bool_]:
@@ -147,12 +159,20 @@ def _windows_of(found: Iterator[Extents]) -> Iterator[tuple[int, Ranges]]:
         yield number, ranges
 
 
-def _window_batches(disk: Disk, base: int, number: int, ranges: Ranges, window: Window | None) -> Iterator[Batch]:
+def _window_batches(
+    disk: Disk, base: int, number: int, ranges: Ranges, window: Window | None, distrust: Distrust | None
+) -> Iterator[Batch]:
     known, vanished = None, None
     if window is not None:
         data = window.entries.take(window.entries.is_data)
         places = (data.keys - np.uint64(base + number * WINDOW_BLOCKS)).astype(np.intp)
-        known = Known(np.zeros(WINDOW_BLOCKS, np.bool_), np.zeros((WINDOW_BLOCKS, 2), np.uint64))
+        known = Known(
+            np.zeros(WINDOW_BLOCKS, np.bool_),
+            np.zeros((WINDOW_BLOCKS, 2), np.uint64),
+            None if distrust is None else np.zeros(WINDOW_BLOCKS, np.bool_),
+        )
+        if distrust is not None and known.distrusted is not None:
+            known.distrusted[places] = distrust(replace(window, entries=data))
         known.is_data[places] = True
         known.hashes[places] = data.hashes
         held = np.zeros(WINDOW_BLOCKS, np.bool_)
@@ -211,6 +231,8 @@ class Comparer:
             places = blocks - batch.window * WINDOW_BLOCKS
             was_data, old = batch.known.is_data[places], batch.known.hashes[places]
             changed = zero | np.any(hashes != old, axis=1) | ~was_data
+            if batch.known.distrusted is not None:
+                changed |= batch.known.distrusted[places]
             replaced = np.flatnonzero(was_data & changed)
             if len(replaced):
                 keys = blocks[replaced].astype(np.uint64) + np.uint64(batch.base)
