@@ -1,10 +1,9 @@
-"""godwit restore and verify: getting disks back, and knowing that it would work."""
+"""godwit restore: getting disks back."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -12,7 +11,6 @@ from cli.output import Output, output_options
 from cli.session import Session, store_options
 from cli.sizes import human_size
 from replica import catalog, history
-from replica import verify as verification
 from replica.catalog import ProtectedVm
 from replica.hydrate import FORMATS, choose_disks, restore_files, target_paths
 from replica.model import Point
@@ -91,70 +89,3 @@ def _point(store: Store, found: ProtectedVm, number: int | None) -> Point:
 def _format_of(to: str) -> str:
     by_suffix = {".vhd": "vhd", ".img": "raw", ".raw": "raw", ".qcow2": "qcow2"}
     return by_suffix.get(Path(to).suffix.lower(), "vhdx")
-
-
-@click.command()
-@click.argument("name")
-@click.option("--point", "number", type=click.IntRange(1), metavar="P", help="One recovery point.  [default: all]")
-@click.option("--full", is_flag=True, help="Read and hash every block, instead of looking whether everything is there.")
-@store_options
-@output_options
-def verify(output: Output, name: str, number: int | None, full: bool, *, session: Session) -> int | None:
-    """Verify recovery points of the VM NAME, without changing anything.
-
-    Exits with 12 if anything is damaged, and names what is and which points still restore.
-    """
-    store = session.store()
-    found = session.vm(store, name)
-    points = None if number is None else [history.point(store, found.keys, number)]
-    with output.progress(name) as progress:
-        report = verification.verify(
-            store,
-            session.host,
-            found,
-            points=points,
-            full=full,
-            workers=session.configuration.workers,
-            progress=progress,
-        )
-    output.show(_report_document(name, report), lambda: _render_report(output, name, report))
-    return 12 if report.damaged else None
-
-
-def _report_document(name: str, report: verification.Report) -> dict[str, Any]:
-    return {
-        "vm": name,
-        "mode": "full" if report.full else "quick",
-        "damaged": report.damaged,
-        "points": [
-            {
-                "point": verdict.point,
-                "restores": verdict.restores,
-                "objects": verdict.objects,
-                "read_bytes": verdict.read_bytes,
-                "damage": verdict.damage,
-            }
-            for verdict in report.verdicts
-        ],
-        "unreadable": report.unreadable,
-        "segments": report.segments,
-    }
-
-
-def _render_report(output: Output, name: str, report: verification.Report) -> None:
-    if not report.verdicts and not report.unreadable:
-        output.note(f"{name} has no recovery point yet: godwit replicate {name}")
-    for verdict in report.verdicts:
-        what = f"{verdict.objects} objects, {human_size(verdict.read_bytes)} read"
-        output.line(f"point {verdict.point}: {'good' if verdict.restores else 'DAMAGED'} ({what})")
-        for damage in verdict.damage:
-            output.line(f"  {damage.message}")
-    for damage in report.unreadable:
-        output.line(f"unreadable: {damage.message}")
-    for damage in report.segments:
-        output.line(f"damaged segment: {damage.message}")
-    if report.damaged:
-        good = ", ".join(map(str, verification.restorable(report))) or "none"
-        output.line(f"points that {'restore' if report.full else 'passed'}: {good}")
-    elif report.verdicts and not report.full:
-        output.note("everything is there in its size; --full reads and hashes every block")

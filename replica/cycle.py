@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -81,8 +81,9 @@ def replicate(
     uploaded is used by the next cycle.
     """
     with lease.holding(store, found.keys, host) as held:
+        basis = Basis(history.begin(store, found.keys, host, held))
         return run(
-            store, host, found, held, Basis, workers=workers, progress=progress, open_disk=open_disk, rescan=rescan
+            store, host, found, held, basis, workers=workers, progress=progress, open_disk=open_disk, rescan=rescan
         )
 
 
@@ -91,19 +92,15 @@ def run(
     host: Host,
     found: ProtectedVm,
     held: Lease,
-    basis: Callable[[Point | None], Basis],
+    basis: Basis,
     *,
     workers: Workers | None = None,
     progress: Progress = silent,
     open_disk: OpenDisk = open_for_reading,
     rescan: bool = False,
 ) -> Point:
-    """Do what ``replicate`` does under a lease that is held already.
-
-    ``basis`` chooses what to build upon; it is asked once older writers are fenced off, and given the newest point.
-    """
-    newest = history.begin(store, found.keys, host, held)
-    cycle = _Cycle(store, host, found, held, basis(newest), workers or Workers(), progress)
+    """Do what ``replicate`` does, under a lease that is held already, older writers being fenced off."""
+    cycle = _Cycle(store, host, found, held, basis, workers or Workers(), progress)
     return cycle.run(open_disk, rescan=rescan)
 
 

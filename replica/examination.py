@@ -161,8 +161,12 @@ class Examination:
                 for judged in self._all(self._read_fetch, fetches):
                     self._note(judged)
 
+    def forget_part(self, ref: MapPartRef) -> None:
+        """Forget what is known of a map part that was written anew."""
+        self._parts.pop(ref, None)
+
     def forget(self, ref: SegmentRef) -> None:
-        """Forget what is known of a segment that was written anew; it is looked at again."""
+        """Forget what is known of a segment that was written anew."""
         self._frames.forget(ref)
         self._present.pop(ref, None)
         self.whole.pop(ref, None)
@@ -198,8 +202,14 @@ class Examination:
         """Tell which entries of a window are of frames that were found damaged."""
         return self._frames.bad(window)
 
+    def judge(self, points: Iterable[Point]) -> tuple[tuple[PointVerdict, ...], tuple[DamagedObject, ...]]:
+        """Return what is known of the points, and of every damaged object what it costs all of them together."""
+        self._costs.clear()
+        verdicts = tuple(map(self.verdict, points))
+        return verdicts, self._objects()
+
     def verdict(self, point: Point) -> PointVerdict:
-        """Return what is known of a point, and count what its damage costs."""
+        """Return what is known of a point."""
         damage = []
         for part, wrong in self.damaged_parts(point):
             ranges = np.array([[part.first_key, part.last_key + 1]], np.uint64)
@@ -217,8 +227,7 @@ class Examination:
             tuple(disk.number for disk in point.disks if disk.number not in hit),
         )
 
-    def costs(self) -> tuple[DamagedObject, ...]:
-        """Return what is damaged, and what that costs all points whose verdicts were asked for."""
+    def _objects(self) -> tuple[DamagedObject, ...]:
         found = [
             DamagedObject(
                 key, cost.message, tuple(sorted(set(cost.points))), on_disks(cost.ranges, self._disks.values())
@@ -326,25 +335,29 @@ class Examination:
             return Damage(key, str(error)), None  # which of its blocks are harmed is found by reading them one by one
         if ref.vm_id != self._keys.vm_id:
             return None, None  # its index has the hashes of the other VM's seed
-        entries = Entries(rows["key"], _zeros(rows), rows["offset"], rows["length"], rows["codec"], rows["hash"])
-        bad = np.zeros(len(rows), np.bool_)
-        for at in range(0, len(rows), FETCH_BLOCKS):
-            bad[at : at + FETCH_BLOCKS] = self._judge(_fetch_of(ref, entries, slice(at, at + FETCH_BLOCKS)), data)
+        entries = entries_of(rows)
+        bad = self.bad_frames(ref, entries, data)
         judged = _Judged(ref, identities(entries.take(~bad)), identities(entries.take(bad)))
         if bad.any():
             message = f"{key}: {int(bad.sum())} blocks of the segment do not have the hashes that its index says"
             return Damage(key, message), judged
         return None, judged
 
-    def _judge(self, fetch: Fetch, data: bytes | None) -> Mask:
+    def bad_frames(self, ref: SegmentRef, entries: Entries, data: bytes) -> Mask:
+        """Tell which frames of a segment are damaged. ``entries`` are in order of place, ``data`` is all of it."""
+        slices = [slice(at, at + FETCH_BLOCKS) for at in range(0, len(entries), FETCH_BLOCKS)]
+        found = [self.bad_blocks(fetch_of(ref, entries, rows), data) for rows in slices]
+        return np.concatenate(found) if found else np.zeros(0, np.bool_)
+
+    def bad_blocks(self, fetch: Fetch, data: bytes | None) -> Mask:
         """Tell which blocks of a fetch are damaged. ``data`` is the segment, None to read from the store."""
         try:
             self._unpack(fetch, data)
         except (IntegrityError, FormatVersionError):
             if len(fetch.entries) == 1:
                 return np.ones(1, np.bool_)
-            singles = [_fetch_of(fetch.ref, fetch.entries, slice(at, at + 1)) for at in range(len(fetch.entries))]
-            return np.concatenate([self._judge(one, data) for one in singles])
+            singles = [fetch_of(fetch.ref, fetch.entries, slice(at, at + 1)) for at in range(len(fetch.entries))]
+            return np.concatenate([self.bad_blocks(one, data) for one in singles])
         return np.zeros(len(fetch.entries), np.bool_)
 
     def _unpack(self, fetch: Fetch, data: bytes | None) -> None:
@@ -377,7 +390,7 @@ class Examination:
         return digest, blocks
 
     def _read_fetch(self, fetch: Fetch) -> _Judged:
-        bad = self._judge(fetch, None)
+        bad = self.bad_blocks(fetch, None)
         return _Judged(fetch.ref, identities(fetch.entries.take(~bad)), identities(fetch.entries.take(bad)))
 
     def _note(self, judged: _Judged | None) -> None:
@@ -391,11 +404,13 @@ def _parts(point: Point) -> Iterator[MapPartRef]:
     return (ref for one in point.maps for ref in one.parts)
 
 
-def _zeros(rows: npt.NDArray[np.void]) -> npt.NDArray[np.uint32]:
-    return np.zeros(len(rows), np.uint32)
+def entries_of(rows: npt.NDArray[np.void]) -> Entries:
+    """Return a segment's index as entries, all in segment 0."""
+    nowhere = np.zeros(len(rows), np.uint32)
+    return Entries(rows["key"], nowhere, rows["offset"], rows["length"], rows["codec"], rows["hash"])
 
 
-def _fetch_of(ref: SegmentRef, entries: Entries, rows: slice) -> Fetch:
+def fetch_of(ref: SegmentRef, entries: Entries, rows: slice) -> Fetch:
     """Return what fetches some neighbouring entries, which are in order of place."""
     chosen = entries.take(rows)
     start = int(chosen.offsets[0])

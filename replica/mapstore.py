@@ -29,7 +29,7 @@ class MapStore:
     def fetch(self, ref: MapPartRef) -> MapPart:
         """Return a part. Raises IntegrityError where it is missing or not what the manifest says."""
         key = self._keys.map_part(ref.part)
-        data = self._cached(key, ref)
+        data = self.cached(ref)
         if data is None:
             try:
                 data = self._store.get(key)
@@ -49,12 +49,12 @@ class MapStore:
         self._store.create(key, made.data)
         self._keep(key, made.data)
 
-    def _cached(self, key: str, ref: MapPartRef) -> bytes | None:
+    def cached(self, ref: MapPartRef) -> bytes | None:
         """Return the cached object if it is whole; the checksum decides, so a damaged cache only costs a request."""
         if self._cache is None:
             return None
         try:
-            data = (self._cache / key).read_bytes()
+            data = (self._cache / self._keys.map_part(ref.part)).read_bytes()
         except OSError:
             return None
         return data if xxhash.xxh3_128_hexdigest(data) == ref.checksum else None

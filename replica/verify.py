@@ -57,14 +57,11 @@ def report(
     examination: Examination, listed: Iterable[Listed], *, full: bool = False, sample: Sample | None = None
 ) -> Report:
     """Return what the examination knows of the points, which it has looked at, and of manifests that are damaged."""
-    verdicts, unreadable = [], []
-    for one in listed:
-        if isinstance(one, Point):
-            verdicts.append(examination.verdict(one))
-        else:
-            unreadable.append(Damage(one.key, str(one)))
+    listed = list(listed)
+    verdicts, objects = examination.judge(one for one in listed if isinstance(one, Point))
+    unreadable = tuple(Damage(one.key, str(one)) for one in listed if not isinstance(one, Point))
     segments = tuple(damage for damage in examination.whole.values() if damage is not None)
-    return Report(full, tuple(verdicts), tuple(unreadable), segments, examination.costs(), sample)
+    return Report(full, verdicts, unreadable, segments, objects, sample)
 
 
 def _read_sample(
