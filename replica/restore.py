@@ -93,7 +93,7 @@ class PointReader:
                 digest.combine(found, Digest())
                 blocks += count
                 numbers = window.entries.keys[window.entries.is_data].astype(np.int64) - base
-                target.prepare(_extents(numbers, disk.size))
+                target.prepare(extents_of(numbers, disk.size))
                 yield from plan_fetches(needed(window))
 
         def work(fetch: Fetch) -> int:
@@ -117,7 +117,7 @@ class PointReader:
         return DiskCheck(disk, blocks)
 
 
-def _extents(numbers: np.ndarray[tuple[int], np.dtype[np.int64]], size: int) -> Extents:
+def extents_of(numbers: np.ndarray[tuple[int], np.dtype[np.int64]], size: int) -> Extents:
     """Return the extents of blocks given by ascending number, neighbours as one, cut at the disk's end."""
     edges = np.flatnonzero(np.diff(numbers) != 1)
     first = numbers[np.concatenate(([0], edges + 1))] if len(numbers) else numbers

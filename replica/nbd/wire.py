@@ -38,10 +38,19 @@ assert (SIMPLE_REPLY.size, CHUNK.size, HOLE.size, ERROR.size) == (12, 16, 12, 6)
 
 FIXED_NEWSTYLE: Final = 1  # the flag of both sides
 NO_ZEROES: Final = 2
-HAS_FLAGS: Final = 1  # transmission flag
+# Transmission flags: what an export is and can.
+HAS_FLAGS: Final = 1
+READ_ONLY: Final = 2
+SEND_FLUSH: Final = 4
+SEND_FUA: Final = 8
+SEND_TRIM: Final = 32
+SEND_WRITE_ZEROES: Final = 64
+CAN_MULTI_CONN: Final = 256
+SEND_CACHE: Final = 1024
 
 ALLOCATION: Final = "base:allocation"
 DIRTY_BITMAP: Final = "qemu:dirty-bitmap:"
+STATE_HOLE: Final = 1  # base:allocation: nothing is stored there
 STATE_ZERO: Final = 2  # base:allocation: the extent reads as zeros
 STATE_DIRTY: Final = 1  # qemu:dirty-bitmap: the extent was written
 
@@ -54,9 +63,13 @@ MOST_EXTENTS: Final = 1 << 18  # in one answer to a question for extents; QEMU s
 class Option(IntEnum):
     """What is asked for in the handshake."""
 
+    EXPORT_NAME = 1
     ABORT = 2
+    LIST = 3
+    INFO = 6
     GO = 7
     STRUCTURED_REPLY = 8
+    LIST_META_CONTEXT = 9
     SET_META_CONTEXT = 10
 
 
@@ -64,13 +77,16 @@ class OptionReply(IntEnum):
     """What the server answers in the handshake; a set highest bit is an error."""
 
     ACK = 1
+    SERVER = 2
     INFO = 3
     META_CONTEXT = 4
     ERROR = 1 << 31
     UNSUPPORTED = 1 << 31 | 1
     POLICY = 1 << 31 | 2
+    INVALID = 1 << 31 | 3
     TLS_REQUIRED = 1 << 31 | 5
     UNKNOWN = 1 << 31 | 6
+    TOO_BIG = 1 << 31 | 9
 
 
 class Information(IntEnum):
@@ -84,8 +100,33 @@ class Command(IntEnum):
     """What is asked for once the handshake is done."""
 
     READ = 0
+    WRITE = 1
     DISCONNECT = 2
+    FLUSH = 3
+    TRIM = 4
+    CACHE = 5
+    WRITE_ZEROES = 6
     BLOCK_STATUS = 7
+
+
+class CommandFlag(IntFlag):
+    """Flags of a request."""
+
+    FUA = 1
+    NO_HOLE = 2
+    REQ_ONE = 8
+
+
+class ErrorNumber(IntEnum):
+    """What a reply says of a request that failed: numbers of the protocol's own, whatever the system's are."""
+
+    PERM = 1
+    IO = 5
+    NOMEM = 12
+    INVAL = 22
+    NOSPC = 28
+    OVERFLOW = 75
+    SHUTDOWN = 108
 
 
 class Chunk(IntEnum):
