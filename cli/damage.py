@@ -189,6 +189,10 @@ def _render_damage(output: Output, report: Report) -> None:
         output.line(f"  needed by point{'s' if len(one.points) > 1 else ''} {_numbers(one.points)}")
         for disk in one.disks:
             output.line(f"  {_disk_text(disk)}")
+    for verdict in report.verdicts:
+        for damage in verdict.damage:
+            if damage.key is None:
+                output.line(f"point {verdict.point}: {damage.message}")
 
 
 def _with_key(one: DamagedObject) -> str:

@@ -57,7 +57,7 @@ class Plan:
     @property
     def is_needed(self) -> bool:
         """Whether anything was found that repair can try to put right."""
-        return bool(self.manifests) or bool(self.report.segments or self.report.objects)
+        return self.resends or bool(self.manifests or self.report.objects)
 
 
 @dataclass(frozen=True, slots=True)
