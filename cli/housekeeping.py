@@ -10,10 +10,11 @@ import click
 from cli.output import Output, output_options
 from cli.session import Duration, Session, duration_text, store_options
 from cli.sizes import human_size
-from replica import catalog, garbage, pins, retention
+from replica import catalog, garbage, immutability, pins, retention
 from replica import prune as pruning
 from replica.errors import GodwitError
 from replica.garbage import Collection, References
+from replica.immutability import Prolongation
 from replica.prune import Pruning
 from replica.stores.store import Store
 
@@ -53,6 +54,7 @@ def _pruning_document(done: Pruning) -> dict[str, Any]:
         "removed": done.removed,
         "kept": done.kept,
         "pinned": done.pinned,
+        "locked": done.locked,
         "unreadable": done.unreadable,
     }
 
@@ -63,6 +65,8 @@ def _render_pruning(output: Output, name: str, done: Pruning, *, dry_run: bool) 
     output.line(
         f"{name}: {verb} {_count(len(done.removed), 'recovery point')}, {len(done.kept)} kept{pinned} ({done.rule})"
     )
+    if done.locked:
+        output.line(f"  {_count(len(done.locked), 'point')} stayed because of locks that have not ended yet")
     for one in done.removed if dry_run else ():
         output.line(f"  point {one.point} of {one.created_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC")
     for wrong in done.unreadable:
@@ -157,6 +161,8 @@ def _collection_document(done: Collection) -> dict[str, Any]:
         "reclaimed_bytes": done.deleted.bytes,
         "waiting_objects": done.waiting.objects,
         "waiting_bytes": done.waiting.bytes,
+        "locked_objects": done.locked.objects,
+        "locked_bytes": done.locked.bytes,
         "busy": done.busy,
     }
 
@@ -166,7 +172,72 @@ def _render_collection(output: Output, name: str, done: Collection, *, dry_run: 
     output.line(
         f"{name}: {verb} {_count(done.deleted.objects, 'object')}, {human_size(done.deleted.bytes)} reclaimed; "
         f"{_count(done.waiting.objects, 'object')}, {human_size(done.waiting.bytes)} waiting for the grace period"
+        + (f" or the end of their locks ({_count(done.locked.objects, 'object')})" if done.locked.objects else "")
     )
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--all", "everything", is_flag=True, help="For every protected VM of the tenant.")
+@dry_run_option
+@store_options
+@output_options
+def retain(output: Output, name: str | None, everything: bool, dry_run: bool, *, session: Session) -> int | None:
+    """Prolong the locks of what the kept points of the VM NAME need, in a store that was made with --immutable-for.
+
+    To be run every quarter of that period at least. It exits with 12 where something that a point needs is gone.
+    """
+    if bool(name) == everything:
+        raise click.UsageError("name one VM, or say --all")
+    store = session.store()
+    catalog.read_store(store)
+    names = [name] if name else list(catalog.names(store, session.configuration.tenant))
+    results: list[dict[str, Any]] = []
+    code = None
+    for one in names:
+        try:
+            done = immutability.prolong(
+                store,
+                session.host,
+                session.vm(store, one),
+                dry_run=dry_run,
+                workers=session.configuration.workers,
+            )
+        except GodwitError as error:
+            if name:
+                raise
+            code = 3
+            results.append(
+                {"vm": one, "error": {"type": type(error).__name__, "message": str(error), "hint": error.hint}}
+            )
+            output.note(f"{one}: {error}")
+            continue
+        results.append({"vm": one, "dry_run": dry_run, **_prolongation_document(done)})
+        code = code or (12 if done.missing else None)
+        if not output.json:
+            _render_prolongation(output, one, done, dry_run=dry_run)
+    output.show(results[0] if name else {"prolongations": results}, lambda: None)
+    return code
+
+
+def _prolongation_document(done: Prolongation) -> dict[str, Any]:
+    return {
+        "immutable_seconds": int(done.terms.period.total_seconds()),
+        "objects": done.objects,
+        "prolonged": done.prolonged,
+        "locked_until": done.locked_until,
+        "missing": done.missing,
+    }
+
+
+def _render_prolongation(output: Output, name: str, done: Prolongation, *, dry_run: bool) -> None:
+    verb = "would prolong" if dry_run else "prolonged"
+    output.line(
+        f"{name}: {verb} the locks of {_count(done.prolonged, 'object')} of {done.objects}; all that kept points need "
+        f"is locked until {done.locked_until.astimezone(UTC):%Y-%m-%d %H:%M} UTC at least"
+    )
+    for key in done.missing:
+        output.line(f"  missing: {key}")
 
 
 @click.command()

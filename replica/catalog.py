@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Final
 
-from replica import history, keys, lease, manifest, record
+from replica import history, keys, lease, locking, manifest, record
 from replica.block import LARGEST_DISK_NUMBER
 from replica.errors import (
     IntegrityError,
     LeaseHeldError,
     NoStoreError,
     ObjectExistsError,
+    ObjectLockedError,
     ObjectMissingError,
+    StoreRefusedError,
     UsageError,
 )
 from replica.host import Host
 from replica.keys import VmKeys
 from replica.lease import LeaseRecord
+from replica.locking import Terms
 from replica.model import Machine, Point, Settings, SourceDisk, Vm
 from replica.stores.store import Store
 from replica.vault import Vault
@@ -33,6 +37,7 @@ class StoreRecord:
 
     store_id: str
     created_at: datetime
+    terms: Terms | None = None  # for how long what points need is locked; None where it is not
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +48,14 @@ class ProtectedVm:
     vm: Vm
 
 
-def init_store(store: Store, host: Host) -> tuple[StoreRecord, bool]:
-    """Make the address a Godwit store; return its record and whether it is new. The caller has probed it."""
-    made = StoreRecord(host.randomness.new_id(), host.clock.now())
-    body = {"store_id": made.store_id, "created_at": record.time_text(made.created_at)}
+def init_store(store: Store, host: Host, terms: Terms | None = None) -> tuple[StoreRecord, bool]:
+    """Make the address a Godwit store; return its record and whether it is new. The caller has probed it.
+
+    With ``terms``, which only a store with locks keeps, what points need is locked from the first object on.
+    """
+    made = StoreRecord(host.randomness.new_id(), host.clock.now(), terms)
+    created_at = record.time_text(made.created_at)
+    body = {"store_id": made.store_id, "created_at": created_at, **locking.encode(terms)}
     try:
         store.create(keys.STORE, record.encode("store", body))
     except ObjectExistsError:
@@ -63,7 +72,7 @@ def read_store(store: Store) -> StoreRecord:
             "there is no Godwit store at this address", key=store.url, hint=f"'godwit init {store.url}' makes one"
         ) from error
     body = record.decode("store", data, key=keys.STORE)
-    return StoreRecord(body.text("store_id"), body.time("created_at"))
+    return StoreRecord(body.text("store_id"), body.time("created_at"), locking.decode(body))
 
 
 def protect(
@@ -106,7 +115,8 @@ def protect(
         store.create(name_key, record.encode("name", {"vm_id": vm.vm_id, "name": name}))
     except ObjectExistsError as error:
         for key in (vm_keys.lease, vm_keys.settings(1), vm_keys.vm):
-            store.delete(key)
+            with contextlib.suppress(ObjectLockedError, StoreRefusedError):  # nothing leads to what stays
+                store.delete(key)
         raise taken from error
     return ProtectedVm(vm_keys, vm)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 
 class GodwitError(Exception):
     """Something the engine was asked for could not be done.
@@ -77,6 +79,14 @@ class ObjectExistsError(StoreError):
 
 class ObjectChangedError(StoreError):
     """A compare-and-swap met another version than the one expected."""
+
+
+class ObjectLockedError(StoreError):
+    """An object cannot be deleted yet; ``until`` is when it can be, where that is known."""
+
+    def __init__(self, message: str, *, key: str | None = None, until: datetime | None = None) -> None:
+        super().__init__(message, key=key, hint="it can be deleted once its lock has ended")
+        self.until = until
 
 
 class IntegrityError(GodwitError):

@@ -16,7 +16,13 @@ from typing import Final
 from replica import catalog, condemned, history, lease
 from replica.catalog import ProtectedVm
 from replica.condemned import CondemnedList
-from replica.errors import FormatVersionError, IntegrityError, LeaseHeldError, ObjectMissingError
+from replica.errors import (
+    FormatVersionError,
+    IntegrityError,
+    LeaseHeldError,
+    ObjectLockedError,
+    ObjectMissingError,
+)
 from replica.host import Host
 from replica.keys import PartId, VmKeys, part_of, point_of
 from replica.mapstore import MapStore
@@ -43,6 +49,7 @@ class Amount:
 class Collection:
     """What a run did, or would do: what it condemned, what it deleted, and what now waits for its grace to end.
 
+    ``locked`` is what is due but stays until its lock has ended, where the store locks; it counts among what waits.
     ``busy`` says who held the VM's lease, so that what is due was left to a later run; None where nobody did.
     """
 
@@ -50,6 +57,7 @@ class Collection:
     deleted: Amount
     waiting: Amount
     busy: str | None = None
+    locked: Amount = Amount()
 
 
 class References:
@@ -210,15 +218,16 @@ def collect(
     new = {key: size for key, size in garbage.items() if key not in known}
     due = [one for one in lists if one.is_due(now, grace)]
     if dry_run:
+        locked = Amount()
         deleted, busy = _amount({key: garbage[key] for one in due for key in one.sizes if key in garbage}), None
     else:
         if new:
             condemned.write(store, host, found.keys, new)
         work = _Deletion(store, host, found, references, garbage, workers or Workers())
         busy = work.run(due)
-        deleted = work.deleted
+        deleted, locked = work.deleted, work.locked
     waiting = Amount(everything.objects - deleted.objects, everything.bytes - deleted.bytes)
-    return Collection(_amount(new), deleted, waiting, busy)
+    return Collection(_amount(new), deleted, waiting, busy, locked)
 
 
 def _amount(sizes: dict[str, int]) -> Amount:
@@ -258,6 +267,12 @@ class _Deletion:
         self._garbage = garbage
         self._workers = workers
         self.deleted = Amount()
+        self._locked: set[str] = set()
+
+    @property
+    def locked(self) -> Amount:
+        """What could not be deleted because it is locked."""
+        return _amount({key: self._garbage[key] for key in self._locked})
 
     def run(self, due: Iterable[CondemnedList]) -> str | None:
         """Delete; return None, or who holds the lease where that leaves something to a later run."""
@@ -282,22 +297,28 @@ class _Deletion:
             for start in range(0, len(keys), BATCH_OBJECTS):
                 batch = keys[start : start + BATCH_OBJECTS]
                 yield lambda batch=batch: self._delete(batch)  # type: ignore[misc]
-            key = self._found.keys.condemned_list(one.number)
-            yield lambda key=key: self._store.delete(key)  # type: ignore[misc]
+            yield lambda one=one: self._strike(one)  # type: ignore[misc]
+
+    def _strike(self, one: CondemnedList) -> None:
+        """Delete a list that has been worked off; one that names what is still locked is needed again."""
+        if self._locked.isdisjoint(one.sizes):
+            self._store.delete(self._found.keys.condemned_list(one.number))
 
     def _delete(self, batch: list[str]) -> None:
         chosen = [key for key in batch if key in self._garbage]
         chosen = [key for key in chosen if self._found.keys.prefix + key not in self._references]
         with ThreadPoolExecutor(self._workers.uploads, "delete") as pool:
-            results = ordered(
-                pool,
-                lambda key: self._store.delete(self._found.keys.prefix + key),
-                chosen,
-                limit=self._workers.uploads * 4,
-            )
+            results = ordered(pool, self._try_to_delete, chosen, limit=self._workers.uploads * 4)
             with closing(results):
-                for _ in results:
-                    pass
-        for key in chosen:  # an object may be on two lists, where two collectors met
+                gone = [key for key, is_gone in zip(chosen, results, strict=True) if is_gone]
+        for key in gone:  # an object may be on two lists, where two collectors met
             size = self._garbage.pop(key)
             self.deleted = Amount(self.deleted.objects + 1, self.deleted.bytes + size)
+
+    def _try_to_delete(self, key: str) -> bool:
+        try:
+            self._store.delete(self._found.keys.prefix + key)
+        except ObjectLockedError:
+            self._locked.add(key)
+            return False
+        return True

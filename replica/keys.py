@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from urllib.parse import quote, unquote
 
 from replica.errors import IntegrityError, UsageError
@@ -13,6 +14,25 @@ LONGEST_NAME_BYTES = 200
 LARGEST_POINT = 10**20 - 1
 LARGEST_EPOCH = 2**32 - 1
 LARGEST_ORDINAL = 10**6 - 1
+
+# What points need, and what leads to them, as patterns of whole keys: written once, and locked where a store locks.
+LASTING = (
+    STORE,
+    "tenants/*/keys/*.json",
+    "tenants/*/names/*.json",
+    "tenants/*/vms/*/vm.json",
+    "tenants/*/vms/*/settings/*.json",
+    "tenants/*/vms/*/manifests/*.json",
+    "tenants/*/vms/*/maps/*",
+    "tenants/*/vms/*/segments/*",
+)
+# What agents write of that; making a store and its keys is left to whoever has all rights.
+ADDED_BY_AGENTS = LASTING[2:]
+LEASES = "tenants/*/vms/*/lease.json"
+PINS = "tenants/*/vms/*/pins/*.json"
+HOLDS = "tenants/*/vms/*/holds/*.json"
+CONDEMNED = "tenants/*/vms/*/condemned/*.json"
+TENANTS = "tenants/"
 
 _TENANT = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _VM_ID = re.compile(r"[0-9a-f]{32}")
@@ -157,6 +177,11 @@ class VmKeys:
     def segment(self, part: PartId) -> str:
         """A segment."""
         return f"{self.segments}{_part(part)}"
+
+
+def is_lasting(key: str) -> bool:
+    """Whether points need the object, so that it must not be deleted nor changed while they stay."""
+    return any(fnmatchcase(key, pattern) for pattern in LASTING)
 
 
 def vm_of(key: str) -> VmKeys | None:

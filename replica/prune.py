@@ -10,7 +10,7 @@ from typing import Final
 
 from replica import catalog, history, lease, pins, retention
 from replica.catalog import ProtectedVm
-from replica.errors import ObjectExistsError, ObjectMissingError
+from replica.errors import ObjectExistsError, ObjectLockedError, ObjectMissingError
 from replica.host import Host
 from replica.keys import VmKeys
 from replica.lease import Lease
@@ -46,6 +46,7 @@ class Pruning:
     kept: tuple[PointTime, ...]
     pinned: tuple[int, ...]  # those of the kept points that are pinned
     unreadable: tuple[Unreadable, ...]
+    locked: tuple[int, ...] = ()  # those of the kept points that stay only because their manifests are still locked
 
 
 def plan(store: Store, found: ProtectedVm, *, rule: Rule | None = None) -> Pruning:
@@ -63,6 +64,7 @@ def prune(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = N
     The newest point that can be read, pinned ones, and manifests that cannot be read stay; so do fences, which hold
     their numbers for good. What the points referred to is left to garbage collection. Cut off at any instant, every
     point that is still listed restores, and the next run goes on.
+    Where the store locks what points need, a point whose manifest is still locked is left for a later run.
     Raises LeaseHeldError where another agent is at work, LeaseLostError where one took over, StoreError.
     """
     with lease.holding(store, found.keys, host) as held:
@@ -70,14 +72,16 @@ def prune(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = N
         settings = catalog.read_settings(store, found.keys, held.settings_version)
         chosen = rule or retention.parse(settings.retention or retention.DEFAULT_TEXT)
         planned = _plan(store, found.keys, chosen, newest)
-        removed = frozenset(_remove_all(store, found.keys, held, planned.removed))
-    # A point that was pinned since the plan was made has stayed.
+        locked: set[int] = set()
+        removed = frozenset(_remove_all(store, found.keys, held, planned.removed, locked))
+    # A point that was pinned since the plan was made has stayed, and so has one that is locked.
     stayed = tuple(one for one in planned.removed if one not in removed)
     return replace(
         planned,
         removed=tuple(one for one in planned.removed if one in removed),
         kept=tuple(sorted((*planned.kept, *stayed), key=lambda one: one.point)),
-        pinned=tuple(sorted((*planned.pinned, *(one.point for one in stayed)))),
+        pinned=tuple(sorted((*planned.pinned, *(one.point for one in stayed if one.point not in locked)))),
+        locked=tuple(sorted(locked)),
     )
 
 
@@ -102,14 +106,16 @@ def _plan(store: Store, keys: VmKeys, rule: Rule, newest: Point | None) -> Pruni
     )
 
 
-def _remove_all(store: Store, keys: VmKeys, held: Lease, doomed: tuple[PointTime, ...]) -> Iterator[PointTime]:
+def _remove_all(
+    store: Store, keys: VmKeys, held: Lease, doomed: tuple[PointTime, ...], locked: set[int]
+) -> Iterator[PointTime]:
     for start in range(0, len(doomed), BATCH_POINTS):
         batch = doomed[start : start + BATCH_POINTS]
-        yield from _remove(store, keys, held, batch)
+        yield from _remove(store, keys, held, batch, locked)
 
 
-def _remove(store: Store, keys: VmKeys, held: Lease, batch: tuple[PointTime, ...]) -> list[PointTime]:
-    """Delete the manifests of those that are not pinned by now; return which they were."""
+def _remove(store: Store, keys: VmKeys, held: Lease, batch: tuple[PointTime, ...], locked: set[int]) -> list[PointTime]:
+    """Delete the manifests of those that are not pinned by now; return which they were, and note what is ``locked``."""
     pinned = pins.numbers(store, keys)
     held.check()
     removed: dict[PointTime, bytes] = {}
@@ -118,10 +124,14 @@ def _remove(store: Store, keys: VmKeys, held: Lease, batch: tuple[PointTime, ...
             continue
         key = keys.manifest(one.point)
         try:
-            removed[one] = store.get(key)
+            data = store.get(key)
+            store.delete(key)
         except ObjectMissingError:
             continue
-        store.delete(key)
+        except ObjectLockedError:
+            locked.add(one.point)
+            continue
+        removed[one] = data
     # Pinning writes the pin and then looks for the manifest; here it is the other way round, so that one of the two
     # sees the other. What was deleted while it was being pinned is put back: all that it refers to is still there.
     for one in [one for one in removed if pins.is_pinned(store, keys, one.point)]:

@@ -10,7 +10,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 from replica import keys, record, sealing
@@ -18,6 +18,7 @@ from replica.errors import (
     FormatVersionError,
     IntegrityError,
     ObjectExistsError,
+    ObjectLockedError,
     ObjectMissingError,
     TenantKeyError,
     UsageError,
@@ -198,9 +199,24 @@ def rotate(store: Store, host: Host, tenant: str, current: Secret | None, new: S
     # Read back and opened before the old one goes: from then on it alone leads to the data.
     if _unwrap(tenant, _decode(store.get(key), key, made.number), new) != master:
         raise IntegrityError("the new key object cannot be opened; the old one is left as it was", key=key)
+    locked = []
     for _, old in before:
-        store.delete(old)
+        try:
+            store.delete(old)
+        except ObjectLockedError as error:
+            locked.append(error)
+    if locked:
+        raise ObjectLockedError(
+            "the new secret opens the tenant's key from now on, but the one before still does: it is "
+            f"{max(locked, key=_end).message}; rotate again when that is over",
+            key=locked[-1].key,
+            until=_end(max(locked, key=_end)),
+        )
     return made
+
+
+def _end(error: ObjectLockedError) -> datetime:
+    return error.until or datetime.max.replace(tzinfo=UTC)
 
 
 def _wrap(host: Host, tenant: str, number: int, master: bytes, secret: Secret) -> tuple[TenantKey, bytes]:

@@ -154,6 +154,11 @@ class SealedStore:
         self.vault = vault
 
     @property
+    def inner(self) -> Store:
+        """The store that holds what is sealed."""
+        return self._inner
+
+    @property
     def url(self) -> str:
         """The inner store's address."""
         return self._inner.url

@@ -19,7 +19,7 @@ ACCEPTED: Final = (
     "write file:///folder, a folder's path, or s3://bucket/prefix"
     " (for a server that is not AWS: s3://bucket/prefix?endpoint=https://host:port)"
 )
-S3_OPTIONS: Final = ("endpoint", "region", "path_style", "profile", "checksum", "listing")
+S3_OPTIONS: Final = ("endpoint", "region", "path_style", "profile", "checksum", "listing", "versions")
 
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # two letters at least: C: is a drive
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
@@ -40,14 +40,22 @@ def open_store(
     """Open the store at ``url``, with retries around it.
 
     ``file:///folder`` or a path: the folder must hold a store; with ``create`` it is made one. ``s3://bucket/prefix``
-    with ``endpoint``, ``region``, ``path_style`` (1 or 0), ``profile``, ``checksum`` (crc32c or md5) and ``listing``
-    (flat or folders) after a question mark; the bucket must exist, and nothing is asked of it yet. ``memory:NAME``,
-    for tests, is the same store each time in one process. ``workers`` is how many threads will use it; ``around`` puts
-    a store of its own around the bare one, below the retries; ``injected`` goes to ResilientStore (sleep, clock,
-    chance). Raises ConfigurationError, NoStoreError and other StoreErrors.
+    with ``endpoint``, ``region``, ``path_style`` (1 or 0), ``profile``, ``checksum`` (crc32c or md5), ``listing``
+    (flat or folders) and ``versions`` (latest or first) after a question mark; the bucket must exist, and nothing is
+    asked of it yet. ``memory:NAME``, for tests, is the same store each time in one process. ``workers`` is how many
+    threads will use it; ``around`` puts a store of its own around the bare one, below the retries; ``injected`` goes to
+    ResilientStore (sleep, clock, chance). Raises ConfigurationError, NoStoreError and other StoreErrors.
     """
     bare = _open_bare(url, create=create, workers=workers)
     return ResilientStore(around(bare) if around else bare, patience, **injected)
+
+
+def bucket_of(url: str) -> tuple[str, str]:
+    """Return bucket and prefix of an S3 store's address. Raises ConfigurationError for any other's."""
+    parts = urlsplit(url)
+    if parts.scheme.lower() != "s3":
+        raise ConfigurationError(f"{_without_user(url)!r} is no bucket", hint="s3://bucket/prefix is one")
+    return parts.netloc, unquote(parts.path).strip("/")
 
 
 def _open_bare(url: str, *, create: bool, workers: int) -> Store:
@@ -120,7 +128,8 @@ def _s3_options(shown: str, query: str) -> dict[str, Any]:
                 f"{shown!r}: the endpoint is not http://host:port or https://host:port without credentials",
                 hint=_options_hint(),
             )
-    for name, accepted in (("checksum", ("crc32c", "md5")), ("listing", ("flat", "folders"))):
+    choices = (("checksum", ("crc32c", "md5")), ("listing", ("flat", "folders")), ("versions", ("latest", "first")))
+    for name, accepted in choices:
         if options.get(name, accepted[0]) not in accepted:
             raise ConfigurationError(f"{shown!r}: {name} is {' or '.join(accepted)}", hint=_options_hint())
     if "path_style" in options:

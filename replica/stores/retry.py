@@ -167,6 +167,10 @@ class ResilientStore:
         """Close the inner store."""
         self._inner.close()
 
+    def repeat(self, attempt: Callable[[], T]) -> T:
+        """Do ``attempt``, which may be done more than once, until it succeeds or patience ends."""
+        return self._repeat(attempt)
+
     def _repeat(self, attempt: Callable[[], T]) -> T:
         begun = self._clock()
 

@@ -19,9 +19,12 @@ import contextlib
 import hashlib
 import os
 import re
+import secrets
 import ssl
 import struct
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from typing import Any, Final, Literal, TypeAlias
 
 import boto3
@@ -30,24 +33,29 @@ import google_crc32c
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
+from replica import keys, locking, record
 from replica.errors import (
     ConfigurationError,
     GodwitError,
     NoStoreError,
     ObjectChangedError,
     ObjectExistsError,
+    ObjectLockedError,
     ObjectMissingError,
     StoreError,
     StoreFullError,
     StoreRefusedError,
     StoreUnavailableError,
+    UsageError,
 )
 from replica.stores.busy import StoreBusyError
 from replica.stores.key import check_key, check_prefix
 from replica.stores.store import ObjectData, ObjectInfo
+from replica.stores.versions import TRIAL, Versions, lock_options
 
 Checksum: TypeAlias = Literal["crc32c", "md5"]
 Listing: TypeAlias = Literal["flat", "folders"]
+Reading: TypeAlias = Literal["latest", "first"]
 
 CONNECT_LIMIT_SECONDS: Final = 10
 READ_LIMIT_SECONDS: Final = 60
@@ -119,6 +127,7 @@ class S3Store:
         profile: str | None = None,
         checksum: Checksum = "crc32c",
         listing: Listing | None = None,
+        versions: Reading = "latest",
         page_size: int = 1000,
         workers: int = 8,
         url: str | None = None,
@@ -130,6 +139,8 @@ class S3Store:
         self._listing: Listing | None = listing
         self._page_size = page_size
         self._bucket_seen = False
+        self._reads_first = versions == "first"
+        self._terms: list[locking.Terms | None] = []  # once the store's record was read
         endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
         by_path = path_style if path_style is not None else endpoint is not None
         config = Config(
@@ -149,6 +160,7 @@ class S3Store:
             self._client: Any = session.client("s3", region_name=region, endpoint_url=endpoint, config=config)
         except (failures.BotoCoreError, ValueError) as error:
             raise ConfigurationError(f"cannot use the S3 store {self._url}: {error}") from error
+        self._versions = Versions(self._client, bucket, self._translated)
 
     @property
     def url(self) -> str:
@@ -176,7 +188,7 @@ class S3Store:
         """Return size and ETag; see ``Store.head``."""
         try:
             with self._translated(key, "look at the object"):
-                answer = self._client.head_object(Bucket=self._bucket, Key=self._name(key))
+                answer = self._client.head_object(Bucket=self._bucket, Key=self._name(key), **self._version(key))
         except ObjectMissingError:
             self._check_bucket()  # the answer to a HEAD does not say which of the two is missing
             raise
@@ -184,7 +196,7 @@ class S3Store:
 
     def create(self, key: str, data: ObjectData) -> str:
         """Write the object if none exists; see ``Store.create``."""
-        return self._put(key, data, "create the object", {"IfNoneMatch": "*"})
+        return self._put(key, data, "create the object", {"IfNoneMatch": "*"}, self._locked_from_now(key, data))
 
     def replace(self, key: str, data: ObjectData, *, tag: str) -> str:
         """Write the object if its ETag still is ``tag``; see ``Store.replace``."""
@@ -199,13 +211,18 @@ class S3Store:
             raise
 
     def delete(self, key: str) -> None:
-        """Remove the object if it is there; see ``Store.delete``."""
+        """Remove the object if it is there; see ``Store.delete``. Raises ObjectLockedError too."""
+        if self._locks(key) is not None:
+            self._versions.delete_all(key, self._name(key))
+            return
         with contextlib.suppress(ObjectMissingError), self._translated(key, "delete the object"):
             self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
 
     def list(self, prefix: str, *, start_after: str = "") -> Iterator[ObjectInfo]:
         """Yield the objects in key order; see ``Store.list``. Memory: a page, or the largest folder (see module)."""
         check_prefix(prefix)
+        if self._reads_first:
+            return self._list_first(prefix, start_after)
         if self._listing is None:
             with self._translated(prefix, "list the objects"):
                 answer = self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
@@ -214,6 +231,76 @@ class S3Store:
         if self._listing == "folders":
             return self._walk(prefix[: prefix.rfind("/") + 1], prefix, start_after)
         return self._list_flat(prefix, start_after)
+
+    def check_locks(self) -> None:
+        """Try out on an object that a lock holds; see ``LockingStore``. It stays for a minute and is left there."""
+        self._versions.check_bucket()
+        key = f"godwit-probe/{secrets.token_hex(8)}-locked"
+        until = datetime.now(UTC) + TRIAL
+        self._put(key, b"locked", "create the object", {"IfNoneMatch": "*"}, until)
+        version = self._versions.first(self._name(key))
+        with contextlib.suppress(ObjectLockedError):
+            self._versions.delete_all(key, self._name(key))
+            version = None
+        if version is None or self._versions.locked_until(key, self._name(key), version.version_id) is None:
+            raise StoreRefusedError(
+                f"the bucket {self._bucket!r} has Object Lock, but a locked object could be deleted",
+                key=key,
+                hint="without a lock that holds, points are not immutable",
+            )
+
+    def first_versions(self, prefix: str) -> dict[str, str]:
+        """Return what was written first under each key; see ``LockingStore``."""
+        found = self._versions.firsts(self._prefix + check_prefix(prefix))
+        return {name[len(self._prefix) :]: one.version_id for name, one in found.items()}
+
+    def locked_until(self, key: str, version: str) -> datetime | None:
+        """Return until when a version is locked; see ``LockingStore``."""
+        return self._versions.locked_until(key, self._name(key), version)
+
+    def lock(self, key: str, version: str, until: datetime) -> None:
+        """Lock a version; see ``LockingStore``."""
+        self._versions.lock(key, self._name(key), version, until)
+
+    def _locks(self, key: str, data: ObjectData | None = None) -> locking.Terms | None:
+        """Return how long the store locks what points need, None where it does not, asking its record once.
+
+        ``data``: ``key`` is about to be created with it.
+        """
+        if key == keys.STORE and data is not None:
+            return locking.decode(record.decode("store", bytes(data), key=key))
+        if not self._terms and key.startswith(keys.TENANTS):
+            try:
+                found = self.get(keys.STORE)
+            except ObjectMissingError:  # it is no store yet
+                return None
+            self._terms = [locking.decode(record.decode("store", found, key=keys.STORE))]
+        return self._terms[0] if self._terms else None
+
+    def _locked_from_now(self, key: str, data: ObjectData) -> datetime | None:
+        """Return until when an object that is created now is to be locked."""
+        terms = self._locks(key, data) if keys.is_lasting(key) else None
+        return None if terms is None else terms.lock_until(datetime.now(UTC))
+
+    def _version(self, key: str) -> dict[str, str]:
+        """Return the option that names the version to read, where it may not be the latest. Raises ObjectMissingError.
+
+        Of an object that is written once it is the first, whatever was put over it; of a lease the last.
+        """
+        if not self._reads_first:
+            return {}
+        once = not fnmatchcase(key, keys.LEASES)
+        found = self._versions.first(self._name(key)) if once else self._versions.last(self._name(key))
+        if found is None:
+            raise ObjectMissingError("no such object", key=key)
+        return {"VersionId": found.version_id}
+
+    def _list_first(self, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
+        found = self._versions.firsts(self._prefix + prefix)
+        for name in sorted(found):
+            key = name[len(self._prefix) :]
+            if key > start_after and not key.endswith("/"):
+                yield ObjectInfo(key, found[name].size, found[name].tag)
 
     def close(self) -> None:
         """Close the connections."""
@@ -298,7 +385,7 @@ class S3Store:
     def _read(self, key: str, **options: str) -> tuple[bytes, str, int]:
         """Return what a GET brings, the ETag and the status."""
         with self._translated(key, "read the object"):
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._name(key), **options)
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._name(key), **self._version(key), **options)
             with contextlib.closing(answer["Body"]) as body:
                 data: bytes = body.read()
         tag = self._tag_of(answer, key)
@@ -319,7 +406,16 @@ class S3Store:
             hint="check the endpoint; a proxy or a login page may stand before it",
         )
 
-    def _put(self, key: str, data: ObjectData, operation: str, condition: dict[str, Any]) -> str:
+    def _put(
+        self,
+        key: str,
+        data: ObjectData,
+        operation: str,
+        condition: dict[str, Any],
+        locked_until: datetime | None = None,
+    ) -> str:
+        if self._reads_first:
+            raise UsageError("what is read by its first versions is not written to", hint="leave ?versions=first out")
         content = bytes(data)  # no copy where it is bytes already; botocore takes no memoryview
         checksum = self._checksum
         sums: dict[str, Any]
@@ -331,7 +427,12 @@ class S3Store:
             sums = {"ContentMD5": base64.b64encode(_md5(content).digest()).decode()}
         with self._translated(key, operation):
             answer = self._client.put_object(
-                Bucket=self._bucket, Key=self._name(key), Body=content, **condition, **sums
+                Bucket=self._bucket,
+                Key=self._name(key),
+                Body=content,
+                **condition,
+                **sums,
+                **lock_options(locked_until),
             )
         tag = self._tag_of(answer, key)
         if checksum == "crc32c" and answer.get("ChecksumCRC32C") != crc:

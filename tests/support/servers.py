@@ -52,15 +52,21 @@ def aws_environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def seaweedfs(folder: Path) -> Iterator[S3Server]:
-    """Run SeaweedFS with its data in ``folder``; skip the test where its program is not installed."""
+def seaweedfs(folder: Path, *, others: Sequence[str] = ()) -> Iterator[S3Server]:
+    """Run SeaweedFS with its data in ``folder``; skip the test where its program is not installed.
+
+    ``others`` are identities beside the one that may do everything: they may do nothing but what policies let them.
+    Their access keys are their names, their secret keys end in ``-secret``.
+    """
     master, master_rpc, volume, volume_rpc, filer, filer_rpc, s3, s3_rpc = map(str, free_ports(8))
     identities = folder / "identities.json"
     credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
     actions = ["Admin", "Read", "Write", "List"]
-    identities.write_text(
-        json.dumps({"identities": [{"name": "test", "credentials": credentials, "actions": actions}]})
-    )
+    all_identities = [{"name": "test", "credentials": credentials, "actions": actions}]
+    for name in others:
+        keys = [{"accessKey": name, "secretKey": f"{name}-secret"}]
+        all_identities.append({"name": name, "credentials": keys, "actions": []})
+    identities.write_text(json.dumps({"identities": all_identities}))
     command = [
         program("weed"),
         "-logtostderr=true",
