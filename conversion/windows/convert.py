@@ -43,6 +43,7 @@ from conversion.windows.guest import (
     SYSTEM_HIVE,
 )
 from conversion.windows.hivefile import read_recovered
+from conversion.windows.hivelog import Recovery
 from conversion.windows.mapping import DiskMapping
 from conversion.windows.system import HiveConversion, HiveEdit, convert_system_to_bios, convert_system_to_uefi
 from conversion.windows.volume import Volume
@@ -146,14 +147,17 @@ def convert_windows(
     mapping: DiskMapping,
     *,
     overlay: Overlay | None = None,
+    system_hive: Recovery | None = None,
     discard_hibernation: bool = False,
 ) -> WindowsConversion:
     """Write what a start from a BIOS needs; both volumes lie on ``overlay``, which is told the reasons.
 
-    The system was inspected and found convertible. Raises RefusedError, NoSpaceError, DamagedError.
+    The system was inspected and found convertible; ``system_hive`` as the inspection read it saves reading it again.
+    Raises RefusedError, NoSpaceError, DamagedError.
     """
     done = WindowsConversion(
-        convert_esp(esp, windows, mapping, overlay=overlay), convert_system(windows, mapping, overlay=overlay)
+        convert_esp(esp, windows, mapping, overlay=overlay),
+        convert_system(windows, mapping, overlay=overlay, recovery=system_hive),
     )
     if discard_hibernation:
         forget_hibernation(windows, overlay=overlay)
@@ -301,10 +305,12 @@ def _file_left(esp: Volume, path: str, evidence: str) -> Finding:
 # The SYSTEM hive
 
 
-def convert_system(windows: Volume, mapping: DiskMapping, *, overlay: Overlay | None = None) -> SystemConversion:
-    """Edit the SYSTEM hive for a start from a BIOS, in place. Raises RefusedError where its file has no room."""
+def convert_system(
+    windows: Volume, mapping: DiskMapping, *, overlay: Overlay | None = None, recovery: Recovery | None = None
+) -> SystemConversion:
+    """Edit the SYSTEM hive for a start from a BIOS, in place. Raises NoSpaceError where its file has no room."""
     guest = _readable(windows)
-    recovery = read_recovered(guest, SYSTEM_HIVE)
+    recovery = recovery or read_recovered(guest, SYSTEM_HIVE)
     if recovery is None:
         raise RefusedError(f"no {SYSTEM_HIVE}", subject=windows.title)
     listed = guest.list_folder(DRIVERS_FOLDER) or ()

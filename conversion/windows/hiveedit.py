@@ -17,6 +17,7 @@ from conversion.windows.hive import (
     BIN_HEADER_BYTES,
     BIN_UNIT_BYTES,
     CHECKSUM_OFFSET,
+    I32,
     INLINE,
     NOWHERE,
     U32,
@@ -46,6 +47,7 @@ class HiveEditor:
         self._original = content
         self._content = bytearray(content)
         self.hive = Hive(self._content, subject=subject)
+        self._largest_free: dict[int, int] = {}  # bin → size of its largest free cell, as far as it was looked for
 
     def finish(self, *, above_sequence: int = 0) -> bytes:
         """Return the hive, of the length it came with: clean, its sequence numbers above the old and the one given.
@@ -251,7 +253,7 @@ class HiveEditor:
         """Yield the cells of one bin with their sizes, negative where in use."""
         at = start + BIN_HEADER_BYTES
         while at < end:
-            size = struct.unpack_from("<i", self._content, BASE_BLOCK_BYTES + at)[0]
+            size = I32.unpack_from(self._content, BASE_BLOCK_BYTES + at)[0]
             if not size or size % 8 or abs(size) > end - at:
                 raise self.hive.damaged(f"the cell at {at:#x} has an impossible size ({size})")
             yield at, size
@@ -261,9 +263,12 @@ class HiveEditor:
         """Return a new cell with room for ``length`` bytes, zeroed."""
         needed = -(-(length + 4) // 8) * 8
         for start, end in self._bins():
-            for cell, size in self._cells(start, end):
-                if size >= needed:
-                    return self._take(cell, size, needed)
+            if start not in self._largest_free:
+                self._largest_free[start] = max((size for _, size in self._cells(start, end)), default=0)
+            if self._largest_free[start] >= needed:
+                cell, size = next(found for found in self._cells(start, end) if found[1] >= needed)
+                del self._largest_free[start]
+                return self._take(cell, size, needed)
         return self._take(*self._add_bin(needed), needed)
 
     def _take(self, cell: int, size: int, needed: int) -> int:
@@ -293,6 +298,7 @@ class HiveEditor:
         """Give a cell back, joined with free neighbours in its bin."""
         size = self.hive.room(cell) + 4
         start, end = next((start, end) for start, end in self._bins() if start <= cell < end)
+        self._largest_free.pop(start, None)
         before: tuple[int, int] | None = None
         for at, length in self._cells(start, end):
             if at == cell:

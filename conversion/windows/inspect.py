@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from conversion.errors import ConversionError, DamagedError
@@ -63,6 +63,7 @@ class WindowsSystem:
     is_hibernated: bool
     drivers: tuple[DriverState, ...]
     findings: tuple[Finding, ...]
+    system_hive: Recovery | None = field(default=None, repr=False, compare=False)  # as read, its logs applied
 
     @property
     def is_convertible(self) -> bool:
@@ -112,19 +113,26 @@ class _Inspection:
         store = self._read_store(esp)
         windows = self._find_windows(store)
         version, architecture = WindowsVersion("", "", ""), Architecture.UNKNOWN
-        is_dirty, is_hibernated, drivers = False, False, tuple[DriverState, ...]()
+        recovery, is_hibernated, drivers = None, False, tuple[DriverState, ...]()
         if windows is not None and windows.filesystem is not None:
             architecture = self._check_programs(windows, windows.filesystem)
             version = self._read_version(windows, windows.filesystem)
             recovery = self._read_system(windows, windows.filesystem)
-            is_dirty = recovery is not None and recovery.was_dirty
             drivers = self._read_drivers(windows, recovery)
             is_hibernated = self._check_hibernation(windows, windows.filesystem)
             if store is not None and esp is not None:
                 self._check_store(esp, windows, store)
         self._check_esp(esp, windows)
         return WindowsSystem(
-            windows, esp, version, architecture, is_dirty, is_hibernated, drivers, tuple(self._findings)
+            windows=windows,
+            esp=esp,
+            version=version,
+            architecture=architecture,
+            is_hive_dirty=recovery is not None and recovery.was_dirty,
+            is_hibernated=is_hibernated,
+            drivers=drivers,
+            findings=tuple(self._findings),
+            system_hive=recovery,
         )
 
     def _add(self, rule: str, severity: Severity, subject: str, message: str, evidence: str, remedy: str = "") -> None:
