@@ -233,7 +233,7 @@ def repair(output: Output, name: str, quick: bool, dry_run: bool, yes: bool, *, 
         planned = repairing.plan(store, session.host, found, quick=quick, workers=workers, progress=progress)
     if dry_run or not planned.is_needed:
         output.show(_plan_document(name, planned), lambda: _render_plan(output, name, planned))
-        return 12 if planned.is_needed else None
+        return 12 if planned.report.damaged else None
     if not yes and not output.json:
         _render_plan(output, name, planned)
     output.confirm(_question(name, planned), yes=yes)
@@ -263,7 +263,11 @@ def _plan_document(name: str, planned: Plan) -> dict[str, Any]:
 
 
 def _render_plan(output: Output, name: str, planned: Plan) -> None:
+    if planned.newest is None and not planned.is_needed:
+        output.note(f"{name} has no recovery point yet: godwit replicate {name}")
+        return
     if not planned.is_needed:
+        _render_damage(output, planned.report)
         how = "is there in its size" if planned.quick else "is there, and every block of the newest point is good"
         output.line(f"{name}: nothing to repair: everything {how}")
         return
