@@ -122,3 +122,13 @@ class LeaseLostError(GodwitError):
 
 class SourceError(GodwitError):
     """A protected disk could not be read."""
+
+
+class PlatformError(GodwitError):
+    """A recovery machine could not be made, started, asked or removed."""
+
+
+class StandingError(GodwitError):
+    """A command came in the wrong order: the hint names the one that would be right."""
+
+    exit_code = 2

@@ -1,0 +1,1 @@
+"""Where recovery machines run: each platform behind one protocol."""
