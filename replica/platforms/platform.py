@@ -93,7 +93,7 @@ class Platform(Protocol):
         """Turn the machine on; nothing where it runs already."""
 
     def stop(self, name: str, *, force: bool = False, timeout_seconds: float = 120) -> None:
-        """Ask the guest to shut down, and wait; with ``force`` pull the plug. Raises PlatformError where it stays on."""
+        """Ask the guest to shut down, and wait; ``force`` pulls the plug. Raises PlatformError where it stays on."""
 
     def power(self, name: str) -> Power:
         """Return whether it runs."""
