@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import Final
 
@@ -102,32 +103,32 @@ def _lvm(head: bytes, _: BlockDevice) -> Probed | None:
 
 def _boot_sector(head: bytes, _: BlockDevice) -> Probed | None:
     name = head[3:11]
-    if name == b"-FVE-FS-" or head[0xA0:0xB0] == _BITLOCKER_GUID or head[0x1A8:0x1B8] == _BITLOCKER_GUID:
+    if name == b"-FVE-FS-" or _BITLOCKER_GUID in {head[0xA0:0xB0], head[0x1A8:0x1B8]}:
         return Probed("BitLocker")
     if name == b"ReFS\0\0\0\0":
         return Probed("ReFS")
     if name == b"EXFAT   ":
-        serial = head[0x64:0x68][::-1].hex().upper()
-        return Probed("exfat", f"{serial[:4]}-{serial[4:]}")
+        return Probed("exfat", _serial(head, 0x64))
     if name == b"NTFS    ":
         return Probed("ntfs", head[0x48:0x50][::-1].hex().upper())
-    if head[510:512] != b"\x55\xaa" or head[0] not in {0xEB, 0xE9}:
-        return None
-    sector, cluster, reserved, copies = (
-        int.from_bytes(head[0x0B:0x0D], "little"),
-        head[0x0D],
-        head[0x0E:0x10],
-        head[0x10],
-    )
-    is_fat = sector in {512, 1024, 2048, 4096} and cluster and not cluster & (cluster - 1) and any(reserved)
+    return _fat(head) if head[510:512] == b"\x55\xaa" and head[0] in {0xEB, 0xE9} else None
+
+
+def _fat(head: bytes) -> Probed | None:
+    sector, cluster, reserved, copies = struct.unpack_from("<HBHB", head, 0x0B)
+    is_fat = sector in {512, 1024, 2048, 4096} and cluster and not cluster & (cluster - 1) and reserved
     if not is_fat or copies not in {1, 2} or head[0x15] < 0xF0:
         return None
     extended = 0x26 if any(head[0x16:0x18]) else 0x42  # FAT32 has no 16-bit length of its tables
     if head[extended] not in {0x28, 0x29}:
         return Probed("vfat")
-    serial = head[extended + 1 : extended + 5][::-1].hex().upper()
     label = printable(head[extended + 5 : extended + 16])
-    return Probed("vfat", f"{serial[:4]}-{serial[4:]}", "" if label == "NO NAME" else label)
+    return Probed("vfat", _serial(head, extended + 1), "" if label == "NO NAME" else label)
+
+
+def _serial(head: bytes, at: int) -> str:
+    serial = head[at : at + 4][::-1].hex().upper()
+    return f"{serial[:4]}-{serial[4:]}"
 
 
 _BITLOCKER_GUID: Final = bytes.fromhex("3bd66749292ed84a8399f6a339e3d001")  # of BitLocker To Go as well

@@ -272,7 +272,7 @@ class XfsFileSystem:
             return
         if inode.format != 3:
             raise self._source.damaged(f"inode {inode.number} holds its data in the unknown way {inode.format}")
-        level, count = struct.unpack_from(">HH", inode.fork)
+        level, count = int.from_bytes(inode.fork[:2], "big"), int.from_bytes(inode.fork[2:4], "big")
         room = (len(inode.fork) - 4) // 16
         if not 0 < count <= room or not 0 < level <= 9:
             raise self._source.damaged(f"the extent tree of inode {inode.number} contradicts itself")
