@@ -163,6 +163,8 @@ def _check(saved: SavedTable) -> None:
             raise _damaged("its partition table does not fit on its disk")
     if layout.entry(layout.boot_partition) is None:
         raise _damaged("the partition to boot from is not in its layout")
+    if any(one.active and one.gpt_number != layout.boot_partition for one in layout.entries):
+        raise _damaged("its active partition is not the one to boot from")
     expected = {(one.number, one.type, one.first_lba, one.end_lba, one.active) for one in layout.entries}
     written = _parse_written(layout, saved.boot_code, saved.sectors)
     found = {(one.number, one.type, one.first_lba, one.end_lba, one.active) for one in written.holding_data}

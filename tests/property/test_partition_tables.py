@@ -42,7 +42,7 @@ def no_guid() -> UUID:
 def gpt_disks(draw: st.DrawFn) -> tuple[SparseDisk, int]:
     """A disk with up to 12 partitions, abutting or with gaps, in any order of numbers; and the number of its ESP."""
     entry_count, entry_size = draw(st.sampled_from([(128, 128), (128, 128), (16, 128), (60, 256), (130, 128)]))
-    position = draw(st.sampled_from([34, 64, 100, 2048, 2048, 2048])) + 40
+    position = max(draw(st.sampled_from([34, 34, 40, 2048, 2048])), 2 + -(-entry_count * entry_size // 512))
     count = draw(st.integers(1, 12))
     numbers = draw(st.lists(st.integers(1, 15), min_size=count, max_size=count, unique=True))
     esp = draw(st.integers(0, count - 1))

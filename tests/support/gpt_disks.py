@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,7 +36,7 @@ class SparseDisk:
         return other
 
     def content(self) -> dict[int, bytes]:
-        return {at: data for at, data in self.chunks.items() if any(data)}
+        return {at: data for at, data in self.chunks.items() if data.strip(b"\0")}
 
     def read_at(self, offset: int, length: int) -> bytes:
         assert 0 <= offset <= offset + length <= self.size, (offset, length, self.size)
@@ -69,11 +70,18 @@ class SparseDisk:
     def from_file(cls, path: Path) -> SparseDisk:
         disk = cls(path.stat().st_size)
         with path.open("rb") as file:
-            at = 0
-            while data := file.read(CHUNK):
-                if any(data):
-                    disk.chunks[at] = data.ljust(CHUNK, b"\0")
-                at += 1
+            position = 0
+            while position < disk.size:
+                try:
+                    start = os.lseek(file.fileno(), position, os.SEEK_DATA)
+                except OSError:  # nothing but a hole up to the end
+                    break
+                position = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+                first = start // CHUNK
+                file.seek(first * CHUNK)
+                data = file.read(position - first * CHUNK)
+                for at in range(-(-len(data) // CHUNK)):
+                    disk.chunks[first + at] = data[at * CHUNK : (at + 1) * CHUNK].ljust(CHUNK, b"\0")
         return disk
 
 
@@ -93,7 +101,7 @@ def make_table(
     table = Gpt(DISK, decode_entries(entries, entry_size), False, header, entries)
     for number, kind, first, end in partitions:
         guid = UUID(int=(0xABCDEF << 96) + number)
-        table = table.with_entry(GptPartition(number, kind, guid, first, end, number << 60, f"Teil {number} ü"))
+        table = table.with_entry(GptPartition(number, kind, guid, first, end, number % 16 << 60, f"Teil {number} ü"))
     return table
 
 
