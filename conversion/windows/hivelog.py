@@ -94,11 +94,13 @@ def recover(content: bytes, logs: Sequence[bytes | None] = (), *, subject: str =
     highest = max([_highest(log) for log in readable], default=0)
     if not base.is_dirty:
         return Recovery(content, False, 0, max(highest, base.primary_sequence))
-    kinds = {BaseBlock.decode(log, subject=subject).file_type for log in readable}
-    if kinds == {_NEW_LOG}:
-        return _apply_entries(content, base, readable, highest, subject)
-    if kinds and kinds <= _OLD_LOGS:
-        return _apply_old(content, base, readable, subject)
+    of_kind = [(log, BaseBlock.decode(log, subject=subject).file_type) for log in readable]
+    new = [log for log, kind in of_kind if kind == _NEW_LOG]
+    old = [log for log, kind in of_kind if kind in _OLD_LOGS]
+    if new:  # an old log beside new ones is left from setup
+        return _apply_entries(content, base, new, highest, subject)
+    if old:
+        return _apply_old(content, base, old, subject)
     raise DamagedError(
         "a write to the hive did not end, and no log beside it tells how it should",
         subject=subject,

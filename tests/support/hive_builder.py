@@ -108,7 +108,13 @@ class _Builder:
             self._key(child, key.keys[each], each, at)
         stored = name.encode("latin-1")
         fields = (b"nk", flags, 0, 0, parent, len(names), 0, key_list, NOWHERE, len(values), value_list)
-        longest = (max([2 * len(each) for each in names], default=0), 0, 0, 0, 0)
+        longest = (
+            max([2 * len(each) for each in names], default=0),
+            0,
+            max([2 * len(each) for each in key.values], default=0),
+            max([len(_stored(each)[1]) for each in key.values.values()], default=0),
+            0,
+        )
         packed = struct.pack("<2sHQIIIIIIII", *fields) + struct.pack("<II", self._security, NOWHERE)
         self._put(at, packed + struct.pack("<5IHH", *longest, len(stored), 0) + stored)
 
@@ -132,12 +138,7 @@ class _Builder:
         return self._cell(struct.pack("<2sH", self._leaf, len(names)) + body)
 
     def _value(self, name: str, value: tuple[int, bytes] | str | int) -> int:
-        if isinstance(value, int):
-            kind, data = REG_DWORD, struct.pack("<I", value)
-        elif isinstance(value, str):
-            kind, data = REG_SZ, f"{value}\0".encode("utf-16-le")
-        else:
-            kind, data = value
+        kind, data = _stored(value)
         stored = name.encode("latin-1")
         if len(data) <= 4:
             length, at = 0x80000000 | len(data), struct.unpack("<I", data.ljust(4, b"\0"))[0]
@@ -151,3 +152,11 @@ class _Builder:
         pieces = [self._cell(data[at : at + 16344] + bytes(4)) for at in range(0, len(data), 16344)]
         listed = self._cell(struct.pack(f"<{len(pieces)}I", *pieces))
         return self._cell(struct.pack("<2sHI", b"db", len(pieces), listed))
+
+
+def _stored(value: tuple[int, bytes] | str | int) -> tuple[int, bytes]:
+    if isinstance(value, int):
+        return REG_DWORD, struct.pack("<I", value)
+    if isinstance(value, str):
+        return REG_SZ, f"{value}\0".encode("utf-16-le")
+    return value
