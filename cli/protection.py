@@ -49,6 +49,11 @@ from replica.stores.store import Store
 @click.option("--secure-boot/--no-secure-boot", default=None, help="Whether the machine has Secure Boot.")
 @click.option("--level", type=click.IntRange(-7, 19), help="The zstd compression level.  [default: 1]")
 @click.option("--keep", metavar="RULE", help="Which points 'godwit prune' keeps.  [default: " + DEFAULT_TEXT + "]")
+@click.option(
+    "--seed-from",
+    metavar="NAME[@POINT]",
+    help="Another VM, such as its template: what its point holds already is not stored again.",
+)
 @click.option("--encrypt", is_flag=True, help="Encrypt everything that is stored of the VM.")
 @click.option("--update", is_flag=True, help="Change how a VM is protected that already is; its history stays.")
 @store_options
@@ -67,6 +72,7 @@ def protect(
     secure_boot: bool | None,
     level: int | None,
     keep: str | None,
+    seed_from: str | None,
     encrypt: bool,
     update: bool,
     *,
@@ -82,6 +88,8 @@ def protect(
     if update:
         if encrypt:
             raise click.UsageError("whether a VM is encrypted is settled when it is protected, and stays")
+        if seed_from is not None:
+            raise click.UsageError("a VM is seeded when it is protected, not later")
         found = session.vm(store, name)
         settings = protect_disks.update(
             store,
@@ -104,6 +112,7 @@ def protect(
             interval_seconds=every or 300,
             compression_level=1 if level is None else level,
             keep=keep,
+            seed_from=seed_from,
             vault=session.vault if encrypt else None,
         )
 

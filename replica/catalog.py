@@ -24,7 +24,7 @@ from replica.host import Host
 from replica.keys import VmKeys
 from replica.lease import LeaseRecord
 from replica.locking import Terms
-from replica.model import Machine, Point, Settings, SourceDisk, Vm
+from replica.model import Machine, Point, SeedRef, Settings, SourceDisk, Vm
 from replica.stores.store import Store
 from replica.vault import Vault
 
@@ -86,6 +86,7 @@ def protect(
     interval_seconds: int,
     compression_level: int,
     retention: str | None = None,
+    seed: SeedRef | None = None,
     vault: Vault | None = None,
 ) -> ProtectedVm:
     """Begin to protect a VM. It exists once its name object does, which is written last.
@@ -104,7 +105,7 @@ def protect(
     vm = Vm(host.randomness.new_id(), name, now, host.randomness.seed())
     vm_keys = VmKeys(tenant, vm.vm_id)
     next_disk_number = max((one.number for one in sources), default=-1) + 1
-    settings = Settings(1, machine, sources, next_disk_number, interval_seconds, compression_level, retention)
+    settings = Settings(1, machine, sources, next_disk_number, interval_seconds, compression_level, retention, seed)
     if vault is not None:
         vault.admit(store, vm_keys)
     store.create(vm_keys.vm, _encode_vm(vm))
@@ -182,7 +183,7 @@ def find(store: Store, tenant: str, name: str) -> ProtectedVm:
     if body.text("name") != name:
         raise IntegrityError("the name in the object is not the one of its key: objects were mixed up", key=key)
     vm_keys = VmKeys(tenant, body.hexadecimal("vm_id", digits=32))
-    vm = _read_vm(store, vm_keys)
+    vm = read_vm(store, vm_keys)
     if vm.name != name:
         raise IntegrityError(f"the name leads to the VM {vm.name!r:.200}: objects were mixed up", key=key)
     return ProtectedVm(vm_keys, vm)
@@ -218,11 +219,20 @@ def read_settings(store: Store, vm_keys: VmKeys, version: int) -> Settings:
         compression_level=body.integer("compression_level", least=-100, most=22),
         # Not parsed here: a term that only a later version knows must not keep this one from replicating.
         retention=body.optional_text("retention"),
+        seed=_read_seed(body),
     )
+
+
+def _read_seed(body: record.Fields) -> SeedRef | None:
+    if body.values.get("seed") is None:
+        return None
+    fields = body.fields("seed")
+    return SeedRef(fields.hexadecimal("vm_id", digits=32), fields.integer("point", least=1))
 
 
 def encode_settings(settings: Settings) -> bytes:
     """Return the settings object."""
+    seed = settings.seed
     return record.encode(
         "settings",
         {
@@ -235,6 +245,7 @@ def encode_settings(settings: Settings) -> bytes:
             "interval_seconds": settings.interval_seconds,
             "compression_level": settings.compression_level,
             **({} if settings.retention is None else {"retention": settings.retention}),
+            **({} if seed is None else {"seed": {"vm_id": seed.vm_id, "point": seed.point}}),
         },
     )
 
@@ -278,7 +289,8 @@ def _encode_vm(vm: Vm) -> bytes:
     )
 
 
-def _read_vm(store: Store, vm_keys: VmKeys) -> Vm:
+def read_vm(store: Store, vm_keys: VmKeys) -> Vm:
+    """Return what never changes about a VM. Raises IntegrityError."""
     key = vm_keys.vm
     try:
         body = record.decode("vm", store.get(key), key=key)

@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
-from replica import catalog, history, lease
+from replica import catalog, history, holds, lease
 from replica.block import Digest
 from replica.blockmap import BlockMap
 from replica.catalog import ProtectedVm
 from replica.host import Host
+from replica.keys import VmKeys
 from replica.lease import Lease
 from replica.leftovers import Leftovers
 from replica.mapstore import MapBuilder, MapStore, map_cache
@@ -19,6 +20,7 @@ from replica.model import CycleStatistics, DiskRecord, Point
 from replica.packer import Packer
 from replica.pipeline import Uploads, ordered
 from replica.scan import Changes, Comparer, Distrust, plan
+from replica.seeding import SeedPoint, open_seed
 from replica.source import OpenDisk, OpenSource, Wanted, change_source, open_for_reading
 from replica.stores.store import Store
 from replica.tracking import SCAN, Found
@@ -176,6 +178,9 @@ class _Cycle:
         )
         history.publish(self._store, self._found.keys, point)
         self._held.settle(self._number)
+        if self._settings.seed is not None and self._previous is None:
+            seed = self._settings.seed
+            holds.release(self._store, VmKeys(self._found.keys.tenant, seed.vm_id), seed.point, self._found.keys)
         instant.acknowledge()
         map_store.forget_all_but(ref for one in refs for ref in one.parts)
         return point
@@ -209,10 +214,15 @@ class _Cycle:
             hash_seed=self._found.vm.hash_seed,
             compression_level=self._settings.compression_level,
             leftovers=self._leftovers(),
+            seed_point=self._seed_point(),
         )
         total = sum(one.bytes_to_read() for one in disks) if self._progress is not silent else 0
         with ThreadPoolExecutor(self._workers.threads, "compare") as pool:
             return tuple(self._compare(one, known, comparer, packer, pool, total) for one in disks)
+
+    def _seed_point(self) -> SeedPoint | None:
+        seed = None if self._previous or self._distrust else self._settings.seed
+        return None if seed is None else open_seed(self._store, self._host, self._found.keys, seed)
 
     def _leftovers(self) -> Leftovers:
         if not self._held.leftovers or self._distrust is not None:

@@ -148,6 +148,15 @@ class VmKeys:
         return f"{self.pins}{point:020}.json"
 
     @property
+    def holds(self) -> str:
+        """The prefix of all holds."""
+        return f"{self.prefix}holds/"
+
+    def hold(self, point: int, holder_id: str) -> str:
+        """What keeps a recovery point while the VM ``holder_id`` is being seeded from it."""
+        return f"{self.holds}{point:020}-{VmKeys(self.tenant, holder_id).vm_id}.json"
+
+    @property
     def condemned(self) -> str:
         """The prefix of the lists of objects that are to be deleted."""
         return f"{self.prefix}condemned/"

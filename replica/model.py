@@ -54,6 +54,14 @@ class SourceDisk:
 
 
 @dataclass(frozen=True, slots=True)
+class SeedRef:
+    """A point of another VM, whose equal blocks a VM's first point refers to."""
+
+    vm_id: str
+    point: int
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """How a VM is protected; one immutable version of it."""
 
@@ -64,6 +72,7 @@ class Settings:
     interval_seconds: int = 300
     compression_level: int = 1
     retention: str | None = None  # the rule as text; None is the default
+    seed: SeedRef | None = None
 
 
 @dataclass(frozen=True, slots=True)

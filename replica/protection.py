@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Final, Literal
 
 from conversion.gpt import is_uefi_boot_disk
-from replica import catalog, retention
+from replica import catalog, holds, retention, seeding
 from replica.block import LARGEST_DISK_BYTES
 from replica.catalog import ProtectedVm
 from replica.errors import UsageError
 from replica.history import newest
 from replica.host import Host
+from replica.keys import VmKeys
 from replica.model import Machine, Nic, Point, Settings, SourceDisk
 from replica.source import OpenDisk, change_source, is_live, looked_at, name_of, open_for_reading
 from replica.stores.store import Store
@@ -48,6 +49,7 @@ def protect(
     interval_seconds: int = 300,
     compression_level: int = 1,
     keep: str | None = None,
+    seed_from: str | None = None,
     vault: Vault | None = None,
     open_disk: OpenDisk = open_for_reading,
 ) -> tuple[ProtectedVm, Settings]:
@@ -56,7 +58,8 @@ def protect(
     Disks are files, or addresses of a running machine's disks (``replica.qemu.LiveAddress`` as text).
 
     With ``vault``, the one that stands before ``store``, the VM is encrypted; raises TenantKeyError then.
-    ``keep`` is the retention rule, None for the default.
+    ``keep`` is the retention rule, None for the default. ``seed_from``, ``NAME`` or ``NAME@POINT``, is another VM of
+    the tenant: the first point refers to what it holds, where that is the same.
     Raises UsageError for contradictions and a name that is taken, DiskError for a file that is no disk.
     """
     if not disks:
@@ -64,6 +67,7 @@ def protect(
     _check(interval_seconds, compression_level)
     rule = _rule(keep)
     catalog.read_store(store)
+    seed = None if seed_from is None else seeding.choose(store, tenant, seed_from, encrypted=vault is not None)
     sources = number_disks((), disks, next_number=0)
     generation = look_at(sources, open_disk)
     machine = describe(Machine(wishes.generation or generation), wishes)
@@ -77,8 +81,11 @@ def protect(
         interval_seconds=interval_seconds,
         compression_level=compression_level,
         retention=rule,
+        seed=seed,
         vault=vault,
     )
+    if seed is not None:  # the first cycle does so too: what is cut off before this line costs room at the most
+        holds.hold(store, host, VmKeys(tenant, seed.vm_id), seed.point, found.keys)
     return found, catalog.settings_in_force(store, found)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
 
-from replica import catalog, history, lease, pins, retention
+from replica import catalog, history, holds, lease, pins, retention
 from replica.catalog import ProtectedVm
 from replica.errors import ObjectExistsError, ObjectLockedError, ObjectMissingError
 from replica.host import Host
@@ -44,7 +44,7 @@ class Pruning:
     rule: str
     removed: tuple[PointTime, ...]
     kept: tuple[PointTime, ...]
-    pinned: tuple[int, ...]  # those of the kept points that are pinned
+    pinned: tuple[int, ...]  # those of the kept points that are pinned, or that another VM is being seeded from
     unreadable: tuple[Unreadable, ...]
     locked: tuple[int, ...] = ()  # those of the kept points that stay only because their manifests are still locked
 
@@ -70,6 +70,7 @@ def prune(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = N
     with lease.holding(store, found.keys, host) as held:
         newest = history.begin(store, found.keys, host, held)
         settings = catalog.read_settings(store, found.keys, held.settings_version)
+        holds.sweep(store, host, found.keys)
         chosen = rule or retention.parse(settings.retention or retention.DEFAULT_TEXT)
         planned = _plan(store, found.keys, chosen, newest)
         locked: set[int] = set()
@@ -94,7 +95,7 @@ def _plan(store: Store, keys: VmKeys, rule: Rule, newest: Point | None) -> Pruni
             times[one.point] = one.created_at
         else:
             unreadable.append(Unreadable(one.key, str(one)))
-    pinned = pins.numbers(store, keys)
+    pinned = _kept_whatever_the_rule_says(store, keys)
     kept = retention.keep(rule, times, pinned)
     ordered = [PointTime(number, times[number]) for number in sorted(times)]
     return Pruning(
@@ -104,6 +105,10 @@ def _plan(store: Store, keys: VmKeys, rule: Rule, newest: Point | None) -> Pruni
         pinned=tuple(sorted(pinned & kept)),
         unreadable=tuple(unreadable),
     )
+
+
+def _kept_whatever_the_rule_says(store: Store, keys: VmKeys) -> frozenset[int]:
+    return pins.numbers(store, keys) | holds.numbers(store, keys)
 
 
 def _remove_all(
@@ -116,7 +121,7 @@ def _remove_all(
 
 def _remove(store: Store, keys: VmKeys, held: Lease, batch: tuple[PointTime, ...], locked: set[int]) -> list[PointTime]:
     """Delete the manifests of those that are not pinned by now; return which they were, and note what is ``locked``."""
-    pinned = pins.numbers(store, keys)
+    pinned = _kept_whatever_the_rule_says(store, keys)
     held.check()
     removed: dict[PointTime, bytes] = {}
     for one in batch:
@@ -132,9 +137,11 @@ def _remove(store: Store, keys: VmKeys, held: Lease, batch: tuple[PointTime, ...
             locked.add(one.point)
             continue
         removed[one] = data
-    # Pinning writes the pin and then looks for the manifest; here it is the other way round, so that one of the two
-    # sees the other. What was deleted while it was being pinned is put back: all that it refers to is still there.
-    for one in [one for one in removed if pins.is_pinned(store, keys, one.point)]:
+    # Pinning writes the pin and then looks for the manifest, and holding does likewise; here it is the other way round,
+    # so that one of the two sees the other. What was deleted while it was being pinned is put back: all that it refers
+    # to is still there.
+    being_seeded_from = holds.numbers(store, keys) if removed else frozenset()
+    for one in [one for one in removed if one.point in being_seeded_from or pins.is_pinned(store, keys, one.point)]:
         with contextlib.suppress(ObjectExistsError):
             store.create(keys.manifest(one.point), removed[one])
         del removed[one]

@@ -21,7 +21,8 @@ from replica.block import (
 )
 from replica.blockmap import WINDOW_BLOCKS, BlockMap, Window
 from replica.leftovers import Leftovers
-from replica.maptable import Entries, SegmentTable
+from replica.maptable import Entries, SegmentTable, newest_wins
+from replica.seeding import SeedPoint
 from replica.segment import FrameCompressor, Frames
 from vhdx.disk import Disk, Extents
 
@@ -61,7 +62,7 @@ class Changes:
 
     window: int
     frames: Frames | None = None  # blocks to store
-    found: tuple[Entries, SegmentTable] | None = None  # blocks that an unfinished cycle stored already
+    found: tuple[Entries, SegmentTable] | None = None  # blocks that are stored already
     zeros: list[KeyArray] = field(default_factory=list)  # blocks that were data and now are zero
     added: Digest = field(default_factory=Digest)
     removed: Digest = field(default_factory=Digest)
@@ -200,11 +201,14 @@ def _window_batches(
 class Comparer:
     """Does the tasks: reads, hashes, compares, compresses. Callable from several threads; each has its own buffer."""
 
-    def __init__(self, *, hash_seed: int, compression_level: int, leftovers: Leftovers) -> None:
+    def __init__(
+        self, *, hash_seed: int, compression_level: int, leftovers: Leftovers, seed_point: SeedPoint | None = None
+    ) -> None:
         self._seed = hash_seed
         self._level = compression_level
         self._zero_hash = zero_hash(hash_seed)
         self._leftovers = leftovers
+        self._seed_point = seed_point
         self._local = threading.local()
 
     def __call__(self, batch: Batch) -> Changes:
@@ -252,6 +256,11 @@ class Comparer:
         changes.added.add(keys, hashes)
         changes.added_blocks = len(keys)
         found, table, is_found = self._leftovers.find(keys, hashes)
+        if self._seed_point is not None and not is_found.all():
+            left = np.flatnonzero(~is_found)
+            equal, is_equal = self._seed_point.find(data, picked[left], keys[left], hashes[left], table)
+            found = newest_wins([found, equal])
+            is_found[left[is_equal]] = True
         if len(found):
             changes.found = (found, table)
             picked, keys, hashes = picked[~is_found], keys[~is_found], hashes[~is_found]

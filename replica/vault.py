@@ -258,6 +258,14 @@ class SealedStore:
         self._inner.close()
 
 
+def vault_of(store: Store) -> Vault | None:
+    """Return the vault that stands before a store, None where there is none."""
+    inner: object = store
+    while inner is not None and not isinstance(inner, SealedStore):
+        inner = getattr(inner, "inner", None)
+    return None if inner is None else inner.vault
+
+
 def _suite_of(data: bytes) -> int:
     try:
         outer = json.loads(data)
