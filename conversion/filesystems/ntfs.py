@@ -32,6 +32,7 @@ _FLAG_REPARSE: Final = 0x400
 _FLAG_COMPRESSED: Final = 0x800
 _FLAG_ENCRYPTED: Final = 0x4000
 _DATA: Final = 0x80
+_INDEX_ROOT: Final = 0x90
 _VOLUME_INFORMATION: Final = 0x70
 _VOLUME_DIRTY: Final = 0x0001
 _VOLUME_RECORD: Final = 3
@@ -128,7 +129,7 @@ class NtfsFileSystem:
         """Return a folder's entries, sorted by name, without NTFS's own files; None where there is no such folder."""
         with self._asking(path):
             folder = self._entry(path)
-            if folder is None or not folder.has_directory_entries_index():
+            if folder is None or not _is_folder(folder):
                 return None
             count = folder.number_of_sub_file_entries
             if count > _MOST_ENTRIES:
@@ -181,10 +182,22 @@ class NtfsFileSystem:
         parts = [part for part in path.split("/") if part not in {"", "."}]
         if any("\\" in part or "\0" in part for part in parts):
             return None  # the library would take them for separators
-        return self._volume.get_file_entry_by_path("\\" + "\\".join(parts)) if parts else self._root()
+        if not parts:
+            return self._volume.get_root_directory()
+        try:
+            return self._volume.get_file_entry_by_path("\\" + "\\".join(parts))
+        except OSError:
+            if self._leads_through_a_file(parts):
+                return None
+            raise
 
-    def _root(self) -> Any:
-        return self._volume.get_root_directory()
+    def _leads_through_a_file(self, parts: list[str]) -> bool:
+        # Asked only where the library failed, as it does on such a path: it reads every folder whole to look it up.
+        for depth in range(1, len(parts)):
+            entry = self._volume.get_file_entry_by_path("\\" + "\\".join(parts[:depth]))
+            if entry is None or not _is_folder(entry):
+                return entry is not None
+        return False
 
     def _file(self, path: str) -> Any:
         entry = self._entry(path)
@@ -256,6 +269,8 @@ class _Window:
     def read(self, size: int = -1) -> bytes:
         left = max(self._device.size - self._offset, 0)
         length = left if size < 0 else min(size, left)
+        if length == 0:  # behind the end
+            return b""
         if length > self._left:
             raise OSError("reads lead round in circles")
         self._left -= length
@@ -321,9 +336,14 @@ def _kind_of(entry: Any) -> EntryKind:
     # Other reparse points are plain files and folders for whoever reads: system compression, deduplication, clouds.
     if entry.file_attribute_flags & _FLAG_REPARSE and entry.symbolic_link_target is not None:
         return "link"
-    if entry.has_directory_entries_index():
+    if _is_folder(entry):
         return "folder"
     return "file" if entry.has_default_data_stream() else "other"
+
+
+def _is_folder(entry: Any) -> bool:
+    # Asked whether it has an index of folder entries, the library would read all of it.
+    return any(attribute.attribute_type == _INDEX_ROOT for attribute in entry.attributes)
 
 
 def _is_written_to_its_end(entry: Any, size: int) -> bool:

@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from conversion.errors import NoSpaceError
 from conversion.filesystems.fat import FatFileSystem
-from tests.support.fat_images import MemoryDevice, fsck, make_volume
+from tests.support.block_devices import MemoryDevice
+from tests.support.fat_images import fsck, make_volume
 
 # Few folded names, so that changes meet each other: plain, long, of the same alias, not ASCII, of several slots.
 NAMES = ["A.TXT", "bootmgr", "Long file name.efi", "long file name.efx", "ÄÖÜ и 😀", "n" * 80, "two.dots.txt"]

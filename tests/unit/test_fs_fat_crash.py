@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from conversion.filesystems.fat import FatFileSystem
-from tests.support.fat_images import MemoryDevice, fsck, make_volume, repaired
+from tests.support.block_devices import MemoryDevice
+from tests.support.fat_images import fsck, make_volume, repaired
 
 SECTOR = 512
 # What fsck.vfat says of a volume that was cut: nothing that would cost an older file.
