@@ -13,7 +13,7 @@ from pathlib import Path
 
 from conversion import bootscript, grub
 from tests.support import qemu
-from tests.support.debian_guest import _PATH as PATH
+from tests.support.debian_guest import PATH
 
 MIB = 1 << 20
 SECTOR = 512

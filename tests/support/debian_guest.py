@@ -1,7 +1,9 @@
 """Builds a small Debian virtual machine of Generation 2: GPT, an EFI system partition, ext4, GRUB for UEFI.
 
 No loop device and no mount is used, and no privilege beyond what mmdebstrap needs (root, or unprivileged user
-namespaces). The file systems are written straight into their partitions of a sparse raw file.
+namespaces). The system is installed once, into an archive, from which any layout of disks is made (see
+``tests.support.linux_guests`` for others); the file systems are written straight into their partitions of a sparse
+raw file.
 
 On every boot the guest runs ``godwit-guest``, which prints one line to the serial console and then runs whatever
 shell commands the virtual machine's SMBIOS serial number carries (see ``tests.support.qemu``):
@@ -21,11 +23,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 MIB = 1 << 20
 SIZE_BYTES = 2048 * MIB
@@ -43,9 +47,13 @@ ESP_VOLUME_ID = "60D17001"
 MACHINE_ID = "6f0d3c528e434d5e9a5360d170000005"
 PASSWORD = "godwit"
 
+PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # an ordinary user's PATH on Debian lacks the last two
 SUITE = "bookworm"
 GRUB_IMAGE = Path("/usr/lib/grub/x86_64-efi/monolithic/grubx64.efi")
-PACKAGES = ("systemd-sysv", "udev", "e2fsprogs", "initramfs-tools", "zstd", "linux-image-cloud-amd64")
+PACKAGES = (
+    *("systemd-sysv", "udev", "e2fsprogs", "initramfs-tools", "zstd", "linux-image-cloud-amd64"),
+    *("lvm2", "xfsprogs", "btrfs-progs", "systemd-boot-efi"),  # for other layouts
+)
 TOOLS = ("mmdebstrap", "mke2fs", "sfdisk", "mkfs.vfat", "mcopy")
 
 PARTITIONS = f"""\
@@ -102,16 +110,13 @@ mkdir -p "$1/etc/initramfs-tools/conf.d"
 printf 'COMPRESS=zstd\\nCOMPRESSLEVEL=1\\n' > "$1/etc/initramfs-tools/conf.d/quick"
 """
 
-# Run by mmdebstrap at the end. In a user namespace this is "root", so ownerships end up right inside the ext4.
+# Run by mmdebstrap at the end.
 FINISH = f"""\
 #!/bin/sh
 set -eu
-root="$1"
-cd "$root"
+cd "$1"
 printf 'godwit-demo\\n' > etc/hostname
 printf '{MACHINE_ID}\\n' > etc/machine-id
-printf 'UUID={ROOT_UUID} / ext4 errors=remount-ro 0 1\\n' > etc/fstab
-printf 'UUID={ESP_VOLUME_ID[:4]}-{ESP_VOLUME_ID[4:]} /boot/efi vfat umask=0077 0 1\\n' >> etc/fstab
 printf 'root:{PASSWORD}\\n' | chroot . chpasswd
 mkdir -p boot/efi boot/grub var/lib/godwit
 printf 'built\\n' > var/lib/godwit/journal
@@ -120,29 +125,40 @@ chmod 755 usr/local/sbin/godwit-guest
 cp "$GODWIT_WORK/godwit-guest.service" etc/systemd/system/
 chroot . systemctl enable godwit-guest.service serial-getty@ttyS0.service
 chroot . systemctl mask apt-daily.timer apt-daily-upgrade.timer systemd-networkd-wait-online.service
-kernel=$(cd boot && ls vmlinuz-* | sort -V | tail -n 1)
-cat > boot/grub/grub.cfg <<END
+chroot . systemctl mask lvm2-monitor.service xfs_scrub_all.timer e2scrub_all.timer e2scrub_reap.service
+rm -rf var/cache/apt/* var/lib/apt/lists/* var/log/*.log var/cache/debconf/*-old
+"""
+
+# Unpacks the system below the working folder, adds the layout's own files, and makes the file systems from that.
+MAKE = """\
+set -eu
+cd "$GODWIT_WORK"
+mkdir tree
+cd tree
+tar -xpf - --numeric-owner --exclude='./dev/*'
+cp -r "$GODWIT_WORK/files/." .
+. "$GODWIT_WORK/make-file-systems"
+cd "$GODWIT_WORK"
+rm -rf tree
+"""
+
+FSTAB = f"""\
+UUID={ROOT_UUID} / ext4 errors=remount-ro 0 1
+UUID={ESP_VOLUME_ID[:4]}-{ESP_VOLUME_ID[4:]} /boot/efi vfat umask=0077 0 1
+"""
+
+GRUB_CONFIGURATION = f"""\
 set timeout=0
 menuentry 'Debian GNU/Linux' {{
     search --no-floppy --fs-uuid --set=root {ROOT_UUID}
-    linux /boot/$kernel root=UUID={ROOT_UUID} ro console=tty0 console=ttyS0,115200
-    initrd /boot/initrd.img-${{kernel#vmlinuz-}}
+    linux /boot/vmlinuz-@KERNEL@ root=UUID={ROOT_UUID} ro console=tty0 console=ttyS0,115200
+    initrd /boot/initrd.img-@KERNEL@
 }}
-END
-rm -rf var/cache/apt/* var/lib/apt/lists/* var/log/*.log var/cache/debconf/*-old
-if grep -q " $PWD/" /proc/self/mounts; then unshare --mount sh -eu "$GODWIT_WORK/write-root"
-else sh -eu "$GODWIT_WORK/write-root"; fi
 """
 
 # Makes the ext4 from the folder it is run in, in its place on the disk.
-WRITE_ROOT = f"""\
-# What mmdebstrap mounts below the folder (proc, sys, devices) must not be copied; unmount it for this process alone.
-# Parents first: what the host mounted below /sys may only go together with it, and is gone when its turn comes.
-for mounted in $(awk -v folder="$PWD/" 'index($2, folder) == 1 {{ print $2 }}' /proc/self/mounts | sort); do
-    umount -l "$mounted" 2>/dev/null || true
-done
-find dev -type f -delete
-exec mke2fs -q -F -t ext4 -O '^orphan_file,^metadata_csum_seed' -L root -U {ROOT_UUID} \\
+MAKE_ROOT = f"""\
+mke2fs -q -F -t ext4 -O '^orphan_file,^metadata_csum_seed' -L root -U {ROOT_UUID} \\
     -E offset={ROOT_START_BYTES},hash_seed={ROOT_UUID},root_owner=0:0 -d . "$GODWIT_IMAGE" {ROOT_SIZE_BYTES // 1024}k
 """
 
@@ -155,7 +171,7 @@ EXCLUDED = (
     "/usr/share/bash-completion/*",
 )
 # Drivers no emulated or hypervisor's machine has; leaving them out halves the time the initramfs takes.
-EXCLUDED_MODULES = ("drivers/infiniband", "drivers/net/ethernet", "drivers/net/wireless", "sound", "fs/ocfs2", "fs/xfs")
+EXCLUDED_MODULES = ("drivers/infiniband", "drivers/net/ethernet", "drivers/net/wireless", "sound", "fs/ocfs2")
 
 
 class GuestBuildError(RuntimeError):
@@ -175,8 +191,13 @@ def recipe_key() -> str:
 
 def missing_tools() -> list[str]:
     """The programs that building needs and that are not installed."""
-    missing = [tool for tool in TOOLS if shutil.which(tool, path=_PATH) is None]
+    missing = [tool for tool in TOOLS if which(tool) is None]
     return missing if GRUB_IMAGE.exists() else [*missing, str(GRUB_IMAGE)]
+
+
+def which(program: str) -> str | None:
+    """Return the path of a program, or None where it is not installed."""
+    return shutil.which(program, path=PATH)
 
 
 def cached_guest() -> Path:
@@ -184,77 +205,149 @@ def cached_guest() -> Path:
 
     Several processes may ask at once: one builds, the others wait. Raises GuestBuildError.
     """
+    return cached("debian-generation2", recipe_key(), ".raw", build)
+
+
+def cached_system() -> Path:
+    """Return a tar archive of the system, with its kernels but nothing of a layout, installed unless it is kept."""
+    return cached("debian-system", recipe_key(), ".tar", install)
+
+
+def cached(name: str, key: str, suffix: str, make: Callable[[Path], None]) -> Path:
+    """Return the file ``name`` of this ``key`` from the cache, made unless it is there; other keys' are removed."""
     folder = cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"debian-generation2-{recipe_key()}.raw"
-    with _locked(folder / "debian-generation2.lock"):
+    target = folder / f"{name}-{key}{suffix}"
+    with _locked(folder / f"{name}.lock"):
         if not target.exists():
-            for stale in folder.glob("debian-generation2-*.raw"):
+            for stale in folder.glob(f"{name}-{'?' * 16}{suffix}"):
                 stale.unlink()
-            build(target)
+            make(target)
     return target
 
 
-def build(target: Path) -> None:
-    """Write the guest's disk to ``target``, a sparse raw file of SIZE_BYTES. Takes about 40 seconds.
-
-    Raises GuestBuildError.
-    """
-    missing = missing_tools()
-    if missing:
-        raise GuestBuildError(f"not installed: {', '.join(missing)}; `make setup` installs what is needed")
+def install(target: Path) -> None:
+    """Write the system to ``target``, a tar archive. Takes about 40 seconds. Raises GuestBuildError."""
+    _refuse_without_tools()
     # Under a user namespace the hooks run as another user, who must get at the files by their paths.
     with tempfile.TemporaryDirectory(prefix="godwit-guest-") as name:
         work = Path(name)
         work.chmod(0o755)
-        image = work / "disk.raw"
-        with image.open("wb") as file:
-            file.truncate(SIZE_BYTES)
-        _run("sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", str(image), stdin=PARTITIONS)
-        _write_esp(image, work)
-        _write_root(image, work)
+        for script, text in (
+            ("prepare", PREPARE),
+            ("finish", FINISH),
+            ("godwit-guest", GUEST_PROGRAM),
+            ("godwit-guest.service", GUEST_SERVICE),
+        ):
+            path = work / script
+            path.write_text(text)
+            path.chmod(0o644 if path.suffix else 0o755)
+        options = [f"--dpkgopt=path-exclude={path}" for path in EXCLUDED]
+        options += [f"--dpkgopt=path-exclude=/lib/modules/*/kernel/{path}/*" for path in EXCLUDED_MODULES]
+        options += [f"--aptopt={line}" for line in _apt_proxies()]
         partial = target.with_suffix(".partial")
-        _run("cp", "--sparse=always", str(image), str(partial))
+        run(
+            *("mmdebstrap", "--quiet", "--variant=apt", "--format=tar", f"--include={','.join(PACKAGES)}"),
+            *("--dpkgopt=force-unsafe-io", *options),
+            *(f"--essential-hook={work / 'prepare'}", f"--customize-hook={work / 'finish'}"),
+            *(SUITE, str(partial), *_apt_sources()),
+            extra_environment={"GODWIT_WORK": str(work)},
+        )
         partial.rename(target)
 
 
-def _write_esp(image: Path, work: Path) -> None:
+def build(target: Path) -> None:
+    """Write the guest's disk to ``target``, a sparse raw file of SIZE_BYTES, from the system kept in the cache.
+
+    Raises GuestBuildError.
+    """
+    _refuse_without_tools()
+    with workshop(target) as (image, work):
+        partition(image, PARTITIONS)
+        files = {"EFI/debian/grub.cfg": GRUB_STUB.encode()}
+        files |= dict.fromkeys(("EFI/debian/grubx64.efi", "EFI/BOOT/BOOTX64.EFI"), GRUB_IMAGE.read_bytes())
+        write_esp(image, work, files)
+        configuration = GRUB_CONFIGURATION.replace("@KERNEL@", kernel_version())
+        make_file_systems(image, work, {"etc/fstab": FSTAB, "boot/grub/grub.cfg": configuration}, MAKE_ROOT)
+
+
+@contextmanager
+def workshop(target: Path, size_bytes: int = SIZE_BYTES) -> Iterator[tuple[Path, Path]]:
+    """Give an empty disk and a folder to work in; at the end the disk becomes ``target``."""
+    with tempfile.TemporaryDirectory(prefix="godwit-guest-") as name:
+        work = Path(name)
+        work.chmod(0o777)  # in a user namespace others work in it
+        image = work / "disk.raw"
+        with image.open("wb") as file:
+            file.truncate(size_bytes)
+        image.chmod(0o666)
+        yield image, work
+        partial = target.with_suffix(".partial")
+        run("cp", "--sparse=always", str(image), str(partial))
+        partial.rename(target)
+
+
+def partition(image: Path, description: str) -> None:
+    """Write the partition table that ``description``, a script of sfdisk, tells of."""
+    run("sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", str(image), stdin=description)
+
+
+def kernel_version() -> str:
+    """Return the version of the newest kernel in the system, as in the names of its files in /boot."""
+    with tarfile.open(cached_system()) as archive:
+        names = [name.rpartition("vmlinuz-")[2] for name in archive.getnames() if name.startswith("./boot/vmlinuz-")]
+    return max(names)
+
+
+def system_file(name: str) -> bytes:
+    """Return what the file of the system named by its path without a leading slash holds."""
+    with tarfile.open(cached_system()) as archive:
+        member = archive.extractfile(f"./{name}")
+        assert member is not None, f"{name} is no file"
+        return member.read()
+
+
+def make_file_systems(image: Path, work: Path, files: dict[str, str], script: str) -> None:
+    """Run ``script`` as root, if need be of a user namespace, in a folder with the system and ``files``."""
+    for name, text in files.items():
+        path = work / "files" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (work / "make-file-systems").write_text(script)
+    (work / "make").write_text(MAKE)
+    command = ["sh", str(work / "make")]
+    if os.geteuid() != 0:
+        command = ["mmdebstrap", "--unshare-helper", *command]
+    with cached_system().open("rb") as archive:
+        run(*command, stdin=archive, extra_environment={"GODWIT_IMAGE": str(image), "GODWIT_WORK": str(work)})
+
+
+def write_esp(image: Path, work: Path, files: dict[str, bytes]) -> None:
+    """Make the EFI system partition with ``files`` in it."""
     start_sector, size_kib = ESP_START_BYTES // 512, ESP_SIZE_BYTES // 1024
-    _run(
+    run(
         *("mkfs.vfat", "-F", "32", "-s", "1", "-n", "ESP", "-i", ESP_VOLUME_ID),
         *("--offset", str(start_sector), str(image), str(size_kib)),
     )
-    stub = work / "grub.cfg"
-    stub.write_text(GRUB_STUB)
+    update_esp(image, work, files)
+
+
+def update_esp(image: Path, work: Path, files: dict[str, bytes]) -> None:
+    """Put ``files`` into the EFI system partition, in the place of those of the same names."""
     drive = f"{image}@@{ESP_START_BYTES}"
-    _run("mmd", "-i", drive, "::/EFI", "::/EFI/debian", "::/EFI/BOOT")
-    _run("mcopy", "-i", drive, str(stub), "::/EFI/debian/grub.cfg")
-    _run("mcopy", "-i", drive, str(GRUB_IMAGE), "::/EFI/debian/grubx64.efi")
-    _run("mcopy", "-i", drive, str(GRUB_IMAGE), "::/EFI/BOOT/BOOTX64.EFI")
+    folders = {str(parent) for name in files for parent in Path("/", name).parents} - {"/"}
+    for folder in sorted(folders):
+        run("mmd", "-D", "s", "-i", drive, f"::{folder}", fine=(0, 1))  # skipped where it is there
+    for name, content in files.items():
+        path = work / "esp-file"
+        path.write_bytes(content)
+        run("mcopy", "-o", "-i", drive, str(path), f"::/{name}")
 
 
-def _write_root(image: Path, work: Path) -> None:
-    for name, text in (
-        ("prepare", PREPARE),
-        ("finish", FINISH),
-        ("write-root", WRITE_ROOT),
-        ("godwit-guest", GUEST_PROGRAM),
-        ("godwit-guest.service", GUEST_SERVICE),
-    ):
-        path = work / name
-        path.write_text(text)
-        path.chmod(0o644 if path.suffix else 0o755)
-    image.chmod(0o666)
-    options = [f"--dpkgopt=path-exclude={path}" for path in EXCLUDED]
-    options += [f"--dpkgopt=path-exclude=/lib/modules/*/kernel/{path}/*" for path in EXCLUDED_MODULES]
-    options += [f"--aptopt={line}" for line in _apt_proxies()]
-    _run(
-        *("mmdebstrap", "--quiet", "--variant=apt", "--format=null", f"--include={','.join(PACKAGES)}"),
-        *("--dpkgopt=force-unsafe-io", *options),
-        *(f"--essential-hook={work / 'prepare'}", f"--customize-hook={work / 'finish'}"),
-        *(SUITE, "-", *_apt_sources()),
-        extra_environment={"GODWIT_IMAGE": str(image), "GODWIT_WORK": str(work)},
-    )
+def _refuse_without_tools() -> None:
+    missing = missing_tools()
+    if missing:
+        raise GuestBuildError(f"not installed: {', '.join(missing)}; `make setup` installs what is needed")
 
 
 def _apt_sources() -> list[str]:
@@ -263,7 +356,7 @@ def _apt_sources() -> list[str]:
     A machine that runs another release falls back to the first mirror it has for its own; raises GuestBuildError
     where no Debian archive is configured at all.
     """
-    text = _run("apt-get", "indextargets", "--format", "$(ORIGIN) $(REPO_URI) $(RELEASE) $(COMPONENT)")
+    text = run("apt-get", "indextargets", "--format", "$(ORIGIN) $(REPO_URI) $(RELEASE) $(COMPONENT)")
     rows = sorted({tuple(line.split()) for line in text.splitlines() if line.startswith("Debian ")})
     wanted = {SUITE, f"{SUITE}-updates", f"{SUITE}-security"}
     lines = [
@@ -288,17 +381,32 @@ def _mirror(uri: str) -> str:
 
 
 def _apt_proxies() -> list[str]:
-    text = _run("apt-config", "dump")
+    text = run("apt-config", "dump")
     return [line for line in text.splitlines() if line.startswith("Acquire::http") and "::Proxy " in line]
 
 
-_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # an ordinary user's PATH on Debian lacks the last two
-
-
-def _run(*command: str, stdin: str | None = None, extra_environment: dict[str, str] | None = None) -> str:
-    environment = {**os.environ, "PATH": _PATH, "LC_ALL": "C.UTF-8", **(extra_environment or {})}
-    done = subprocess.run(command, check=False, input=stdin or "", capture_output=True, text=True, env=environment)
-    if done.returncode != 0:
+def run(
+    *command: str,
+    stdin: str | IO[bytes] = "",
+    extra_environment: dict[str, str] | None = None,
+    fine: tuple[int, ...] = (0,),
+) -> str:
+    """Run a program and return what it says. Raises GuestBuildError unless its status is one that is ``fine``."""
+    environment = {**os.environ, "PATH": PATH, "LC_ALL": "C.UTF-8", **(extra_environment or {})}
+    with tempfile.TemporaryFile() as given:
+        if isinstance(stdin, str):
+            given.write(stdin.encode())
+            given.seek(0)
+        done = subprocess.run(
+            command,
+            check=False,
+            stdin=given if isinstance(stdin, str) else stdin,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environment,
+        )
+    if done.returncode not in fine:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
         raise GuestBuildError(f"{command[0]} failed with status {done.returncode}:\n{tail}")
     return done.stdout
