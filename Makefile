@@ -8,12 +8,12 @@ PACKAGES := sh tests/support/install_packages.sh
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench docs clean
+.PHONY: help setup demo test test-boot check format bench docs clean
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
 help:  ## list what can be done
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/.developer $(VENV)/.machines  ## install everything: packages, .venv, godwit in it, the tools of development
 	@echo "Ready: $(BIN)/godwit --help"
@@ -23,6 +23,9 @@ demo: $(VENV)/.product $(VENV)/.machines  ## see it work: build a VM, replicate 
 
 test: setup  ## run every test, those that boot virtual machines included (some minutes)
 	$(BIN)/pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+test-boot: setup  ## start virtual machines of every layout that the converter knows (a quarter of an hour)
+	GODWIT_BOOT=all $(BIN)/pytest -m boot $(ARGS)
 
 check: setup  ## what CI runs: format, lint, types (Linux and Windows), layers, every test
 	$(BIN)/ruff format --check .
