@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,8 @@ from replica.stores.store import Store
     multiple=True,
     type=click.Path(path_type=Path, readable=False),
     metavar="PATH",
-    help="A disk of the VM: VHDX, AVHDX, VHD or raw; with --qmp a block node. The boot disk first. May be repeated.",
+    help="A disk of the VM: VHDX, AVHDX, VHD or raw; with --qmp a block node; with --libvirt a target, such as vda."
+    " The boot disk first. May be repeated.",
 )
 @click.option(
     "--qmp",
@@ -40,6 +42,17 @@ from replica.stores.store import Store
     "--guest-agent",
     metavar="SOCKET",
     help="With --qmp: the socket of the QEMU guest agent, by which file systems are frozen for the instant.",
+)
+@click.option(
+    "--libvirt",
+    metavar="DOMAIN",
+    help="The VM is a domain of libvirt, which describes the machine and its disks; --disk chooses among them.",
+)
+@click.option("--connect", metavar="URI", help="With --libvirt: the connection.  [default: libvirt's own]")
+@click.option(
+    "--no-freeze",
+    is_flag=True,
+    help="With --libvirt: do not freeze file systems for the instant, though the guest agent could.",
 )
 @click.option("--every", type=Duration(), help="The interval between recovery points.  [default: 5m]")
 @click.option("--generation", type=click.Choice(["1", "2"]), help="1 is BIOS, 2 is UEFI.  [default: by the boot disk]")
@@ -64,6 +77,9 @@ def protect(
     disks: tuple[Path, ...],
     qmp: str | None,
     guest_agent: str | None,
+    libvirt: str | None,
+    connect: str | None,
+    no_freeze: bool,
     every: int | None,
     generation: str | None,
     cpus: int | None,
@@ -78,12 +94,12 @@ def protect(
     *,
     session: Session,
 ) -> None:
-    """Protect the VM NAME, made of its disk files, or of the block nodes of a running QEMU.
+    """Protect the VM NAME, made of disk files, of the block nodes of a running QEMU, or of a libvirt domain.
 
     This records the disks and the machine that they belong to; 'godwit replicate NAME' then makes recovery points.
     """
     wishes = MachineWishes(_generation(generation), cpus, memory, _nics(nics), secure_boot)
-    places = _places(disks, qmp, guest_agent)
+    origin = _origin(disks, wishes, qmp, guest_agent, libvirt, connect, freeze=not no_freeze)
     store = session.store()
     if update:
         if encrypt:
@@ -95,8 +111,9 @@ def protect(
             store,
             session.host,
             found,
-            disks=places,
-            wishes=wishes,
+            disks=origin.disks,
+            buses=origin.buses,
+            wishes=origin.machine,
             interval_seconds=every,
             compression_level=level,
             keep=keep,
@@ -107,8 +124,9 @@ def protect(
             session.host,
             tenant=session.configuration.tenant,
             name=name,
-            disks=places,
-            wishes=wishes,
+            disks=origin.disks,
+            buses=origin.buses,
+            wishes=origin.machine,
             interval_seconds=every or 300,
             compression_level=1 if level is None else level,
             keep=keep,
@@ -121,9 +139,44 @@ def protect(
         _render_machine(output, settings.machine)
         for one in settings.sources:
             output.line(f"  disk {one.number}: {one.path}")
+        if origin.left_out:
+            output.note(f"left out, as libvirt makes no backup of them: {', '.join(origin.left_out)}")
         output.note(f"next: godwit replicate {name} --store {store.url}")
 
     output.show({**_settings_document(found, settings), "encrypted": session.vault.is_encrypted(found.keys)}, render)
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Where the VM comes from."""
+
+    disks: list[Path | str]
+    machine: MachineWishes
+    buses: dict[str, str] | None = None
+    left_out: tuple[str, ...] = ()
+
+
+def _origin(
+    disks: tuple[Path, ...],
+    wishes: MachineWishes,
+    qmp: str | None,
+    guest_agent: str | None,
+    libvirt: str | None,
+    connect: str | None,
+    *,
+    freeze: bool,
+) -> _Origin:
+    if libvirt is None:
+        if connect is not None or not freeze:
+            raise click.UsageError("--connect and --no-freeze go with --libvirt")
+        return _Origin(_places(disks, qmp, guest_agent), wishes)
+    if qmp is not None or guest_agent is not None:
+        raise click.UsageError("--libvirt does without --qmp and --guest-agent")
+    from replica.libvirt.protecting import find_domain  # noqa: PLC0415 - other commands start without
+
+    targets = tuple(str(disk) for disk in disks)
+    domain = find_domain(libvirt, connect=connect, targets=targets, freeze=freeze, wishes=wishes)
+    return _Origin([*domain.disks], domain.machine, domain.buses, domain.left_out)
 
 
 def _places(disks: tuple[Path, ...], qmp: str | None, guest_agent: str | None) -> list[Path | str]:

@@ -11,7 +11,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Final
 
@@ -29,14 +29,22 @@ class Quiesced:
     why_not: str | None = None
 
 
-@contextlib.contextmanager
-def quiesced(path: str, *, seconds: float = FREEZE_SECONDS) -> Iterator[Quiesced]:
+def quiesced(path: str, *, seconds: float = FREEZE_SECONDS) -> contextlib.AbstractContextManager[Quiesced]:
     """Keep the file systems of the guest whose agent is behind the socket ``path`` frozen while the context lasts.
 
     Never raises by itself: where the guest cannot be frozen, the context runs all the same, and ``held`` stays False.
     """
+    return quiesced_by([sys.executable, "-m", "replica.agent", path, str(seconds)])
+
+
+@contextlib.contextmanager
+def quiesced_by(command: Sequence[str]) -> Iterator[Quiesced]:
+    """Keep a guest frozen while the context lasts, by a helper of this command.
+
+    The helper writes ``frozen`` once it is so, or why not; thaws when its stdin ends or its time is over; and
+    then writes ``held`` if the guest was frozen until then, or why not.
+    """
     state = Quiesced()
-    command = [sys.executable, "-m", "replica.agent", path, str(seconds)]
     try:
         helper = subprocess.Popen(
             command,

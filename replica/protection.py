@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
@@ -45,6 +45,7 @@ def protect(
     tenant: str,
     name: str,
     disks: Sequence[Path | str],
+    buses: Mapping[str, str] | None = None,
     wishes: MachineWishes = MachineWishes(),
     interval_seconds: int = 300,
     compression_level: int = 1,
@@ -55,7 +56,8 @@ def protect(
 ) -> tuple[ProtectedVm, Settings]:
     """Begin to protect the VM whose disks these are, the boot disk first. Nothing is copied yet.
 
-    Disks are files, or addresses of a running machine's disks (``replica.qemu.LiveAddress`` as text).
+    Disks are files, or addresses of a machine's disks (``replica.qemu.LiveAddress``, ``LibvirtAddress`` as text).
+    ``buses`` tells by address what some are attached to.
 
     With ``vault``, the one that stands before ``store``, the VM is encrypted; raises TenantKeyError then.
     ``keep`` is the retention rule, None for the default. ``seed_from``, ``NAME`` or ``NAME@POINT``, is another VM of
@@ -68,7 +70,7 @@ def protect(
     rule = _rule(keep)
     catalog.read_store(store)
     seed = None if seed_from is None else seeding.choose(store, tenant, seed_from, encrypted=vault is not None)
-    sources = number_disks((), disks, next_number=0)
+    sources = _attached(number_disks((), disks, next_number=0), buses)
     generation = look_at(sources, open_disk)
     machine = describe(Machine(wishes.generation or generation), wishes)
     found = catalog.protect(
@@ -95,6 +97,7 @@ def update(
     found: ProtectedVm,
     *,
     disks: Sequence[Path | str] = (),
+    buses: Mapping[str, str] | None = None,
     wishes: MachineWishes = MachineWishes(),
     interval_seconds: int | None = None,
     compression_level: int | None = None,
@@ -114,7 +117,8 @@ def update(
     sources = None
     if disks:
         related = lineage(before.sources, newest(store, found.keys), open_disk)
-        sources = number_disks(before.sources, disks, next_number=before.next_disk_number, lineage=related)
+        numbered = number_disks(before.sources, disks, next_number=before.next_disk_number, lineage=related)
+        sources = _attached(numbered, buses)
         look_at(sources, open_disk)
     return catalog.update_settings(
         store,
@@ -177,6 +181,11 @@ def number_disks(
         names.add(disk.name)
         disks.append(disk)
     return tuple(disks)
+
+
+def _attached(sources: tuple[SourceDisk, ...], buses: Mapping[str, str] | None) -> tuple[SourceDisk, ...]:
+    """Return the disks with the bus that each is attached to, where it is told."""
+    return tuple(replace(one, bus=(buses or {}).get(one.path, one.bus)) for one in sources)
 
 
 def _same_node(known: Iterable[SourceDisk], path: str) -> SourceDisk | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final, Self
+from typing import IO, Any, Final, Protocol, Self
 
 from replica.errors import SourceError
 from replica.monitor import Monitor
@@ -94,8 +94,15 @@ def require_room(folder: Path) -> None:
         raise _short(folder)
 
 
+class Backups(Protocol):
+    """Backups of a running machine that are at work."""
+
+    def end_backups(self) -> None:
+        """Let the guest write on without keeping what it overwrites. Raises SourceError."""
+
+
 @contextmanager
-def room_watched(vm: Machine, folder: Path) -> Iterator[None]:
+def room_watched(vm: Backups, folder: Path) -> Iterator[None]:
     """End the backups, and fail, where the room for scratch files becomes short while the context lasts.
 
     QEMU fails the guest's write where the overlay cannot take what is overwritten; a point is not worth that. Nobody

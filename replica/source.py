@@ -1,6 +1,7 @@
 """Where a cycle's disks come from: a change source opens all of a VM's disks as of one instant and tells what changed.
 
-Two satisfy it: disk files at rest, here, and the disks of a running QEMU, in ``replica.live``.
+Three satisfy it: disk files at rest, here, the disks of a running QEMU, in ``replica.live``, and those of a libvirt
+domain, in ``replica.libvirt.source``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from vhdx.disk import Disk
 from vhdx.errors import DiskError
 from vhdx.formats import chain_of, open_disk
 
-LIVE: Final = "qmp:"  # how the address of a running machine's disk begins; paths of files are absolute
+# How the address of a disk begins that is reached through its hypervisor; paths of files are absolute.
+LIVE: Final = "qmp:"
+LIBVIRT: Final = "libvirt:"
 
 
 class OpenDisk(Protocol):
@@ -84,20 +87,24 @@ def change_source(sources: Sequence[SourceDisk], open_: OpenDisk = open_for_read
     live = [one for one in sources if is_live(one.path)]
     if not live:
         return FilesSource(open_)
-    if len(live) != len(sources):
+    if len(live) != len(sources) or len({one.path.partition(":")[0] for one in live}) != 1:
         raise SourceError("disk files and disks of a running machine have no instant in common", path=live[0].path)
+    if live[0].path.startswith(LIBVIRT):
+        from replica.libvirt.source import LibvirtSource  # noqa: PLC0415 - files need none of it
+
+        return LibvirtSource()
     from replica.live import LiveSource  # noqa: PLC0415 - files need none of it
 
     return LiveSource()
 
 
 def is_live(path: str) -> bool:
-    """Tell whether a disk's address is that of a running machine's disk."""
-    return path.startswith(LIVE)
+    """Tell whether a disk's address is that of a machine's disk which its hypervisor gives, and not a file's."""
+    return path.startswith((LIVE, LIBVIRT))
 
 
 def name_of(path: str) -> str:
-    """Return what a disk is called unless it is given a name: its file without the suffix, or its block node."""
+    """Return what a disk is called unless it is given a name: its file without suffix, its block node, its target."""
     return path.partition("#")[2] if is_live(path) else Path(path).stem
 
 
@@ -105,6 +112,10 @@ def looked_at(path: str, open_: OpenDisk) -> AbstractContextManager[Disk]:
     """Open one disk to learn what it is, at no certain instant. Raises DiskError, SourceError."""
     if not is_live(path):
         return open_(Path(path))
+    if path.startswith(LIBVIRT):
+        from replica.libvirt import source as libvirt_source  # noqa: PLC0415 - files need none of it
+
+        return libvirt_source.look(path)
     from replica.live import look  # noqa: PLC0415 - files need none of it
 
     return look(path)
