@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Final
 
 import xxhash
 
@@ -16,6 +17,8 @@ from replica.keys import VmKeys
 from replica.maptable import EncodedPart, Entries, MapPart, MapWriter, SegmentTable
 from replica.model import MapPartRef, MapRef
 from replica.stores.store import Store
+
+REPAIR_HINT: Final = "'godwit verify' tells what that costs, and 'godwit repair' puts right what can be"
 
 
 class MapStore:
@@ -34,9 +37,13 @@ class MapStore:
             try:
                 data = self._store.get(key)
             except ObjectMissingError as error:
-                raise IntegrityError("a map that a recovery point needs is missing", key=key) from error
+                raise IntegrityError(
+                    "a map that a recovery point needs is missing", key=key, hint=REPAIR_HINT
+                ) from error
             if xxhash.xxh3_128_hexdigest(data) != ref.checksum:
-                raise IntegrityError("the map's checksum does not match the manifest: it is damaged", key=key)
+                raise IntegrityError(
+                    "the map's checksum does not match the manifest: it is damaged", key=key, hint=REPAIR_HINT
+                )
             self._keep(key, data)
         part = MapPart(data, key=key, vm_id=self._keys.vm_id, part=ref.part)
         if part.entries != ref.entries:

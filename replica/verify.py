@@ -46,6 +46,7 @@ def verify(
     sampled = None
     if full:
         examination.read_segments(examination.segments(good))
+        examination.read_frames(good)  # also those that only points refer to whose other maps are damaged
         for point in good:
             examination.read_blocks(point)
     elif sample is not None:

@@ -122,6 +122,15 @@ def test_a_damaged_map_costs_the_range_that_it_spoke_of(lab: Lab, full: bool) ->
     assert lab.restore(2, 1) == lab.contents()[1]
 
 
+def test_a_damaged_segment_counts_also_for_a_point_of_which_a_map_is_damaged(lab: Lab) -> None:
+    lab.store.delete(lab.found.keys.manifest(1))
+    (segment,), (key,) = segments(lab, 1), maps(lab, 2)
+    harm(lab.store, segment, "flipped", at=70)
+    harm(lab.store, key, "flipped")
+    report = check(lab, full=True)
+    assert {one.key: one.points for one in report.objects} == {segment: (2,), key: (2,)}
+
+
 def test_ranges_are_named_up_to_a_bound_and_counted_beyond(lab: Lab) -> None:
     point = catalog.newest_point(lab.store, lab.found)
     keys = np.arange(0, 10, 2, dtype=np.uint64)
