@@ -155,6 +155,9 @@ def test_every_logical_partition_with_a_gap_has_its_record_right_there() -> None
     assert [one.gpt_number for one in logicals] == [4, 5, 6, 7]
     assert all(one.ebr_lba == one.first_lba - MIB for one in logicals)
     assert numbers(plan(rows)) == {1: 1, 2: 2, 3: 3, 4: 5, 5: 6, 6: 7, 7: 8}
+    last = plan(rows, boot_partition=7).require()
+    assert [one.gpt_number for one in last.entries if one.active] == [7]
+    assert [one.gpt_number for one in last.entries if one.kind == "logical"] == [3, 4, 5, 6]
 
 
 def test_a_boot_partition_that_must_be_logical_is_told() -> None:
@@ -185,6 +188,9 @@ def test_the_old_backup_of_a_grown_disk_is_not_written_over() -> None:
     table = make_table(abutting(EFI_SYSTEM, first=34, length=4000), sectors=8192)
     layout = plan(table, sectors=16384, core_sectors=5000).require()
     assert layout.core_lba == 8192
+    # Nor is the new end of the disk, where the backup comes to lie on the way back.
+    assert plan(table, sectors=16384, core_sectors=8192 - 33).layout is not None
+    assert rules(plan(table, sectors=16384, core_sectors=8192 - 32)) == ["no-room-for-core"]
 
 
 def test_signatures_are_derived_never_zero_and_never_taken() -> None:
