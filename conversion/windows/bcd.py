@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from conversion.finding import Finding, Severity
+from conversion.identity import DiskIdentity, PartitionIdentity
 from conversion.windows.bcddevice import DeviceKind, PartitionDevice, devices_in
 from conversion.windows.hive import REG_BINARY, REG_SZ, Hive, Key, Value
 from conversion.windows.hiveedit import HiveEditor
-from conversion.windows.mapping import DiskMapping
 
 BOOT_MANAGER: Final = "{9dea862c-5cdd-4e70-acc1-f32b344d4795}"
 FIRMWARE_TYPES: Final = frozenset({0x10100001, 0x101FFFFF})  # the firmware's boot manager, and its boot entries
@@ -123,13 +123,13 @@ class BootStore:
                         yield each, element, device
 
 
-def convert_bcd_to_bios(content: bytes, mapping: DiskMapping, *, subject: str = "BCD") -> BcdConversion:
+def convert_bcd_to_bios(content: bytes, identity: DiskIdentity, *, subject: str = "BCD") -> BcdConversion:
     """Return the store ``content`` (clean, of a UEFI machine) as the BIOS Boot Manager needs it.
 
-    ``mapping`` tells which partitions have which place under the MBR; a partition that it does not name keeps its
+    ``identity`` tells which partitions have which place under the MBR; a partition that it does not name keeps its
     element, with a finding. Raises DamagedError where the hive is damaged or is no boot store.
     """
-    return _Conversion(content, mapping, subject).run()
+    return _Conversion(content, identity, subject).run()
 
 
 def _objects(hive: Hive) -> Key:
@@ -154,10 +154,10 @@ def _object(key: Key) -> BcdObject:
 class _Conversion:
     """The rewriting of one store, object by object."""
 
-    def __init__(self, content: bytes, mapping: DiskMapping, subject: str) -> None:
+    def __init__(self, content: bytes, identity: DiskIdentity, subject: str) -> None:
         self._editor = HiveEditor(content, subject=subject)
         self._hive = self._editor.hive
-        self._mapping = mapping
+        self._identity = identity
         self._subject = subject
         self._changes: list[BcdChange] = []
         self._findings: list[Finding] = []
@@ -238,9 +238,9 @@ class _Conversion:
         found = devices_in(value.data)
         data = bytearray(value.data)
         for device in found.partitions:
-            place = self._mapping.place(device.disk_guid, device.partition_guid) if device.is_gpt else None
+            place = self._place(device)
             if place is not None:
-                after = PartitionDevice.mbr(device.at, self._mapping.signature, place.offset_bytes)
+                after = PartitionDevice.mbr(device.at, self._identity.signature, place.offset_bytes)
                 after.encode_into(data)
                 self._note(name, key.name, str(device), str(after), "a BIOS names partitions by signature and offset")
             elif device.is_gpt:
@@ -265,6 +265,10 @@ class _Conversion:
             )
         if data != value.data:
             self._editor.set_value(key, "Element", REG_BINARY, bytes(data))
+
+    def _place(self, device: PartitionDevice) -> PartitionIdentity | None:
+        known = device.is_gpt and device.disk_guid == self._identity.disk_guid
+        return self._identity.by_guid(device.partition_guid) if known else None
 
     def _delete(self, name: str, elements: Key, number: str, before: str, why: str) -> None:
         self._editor.delete_key(elements, number)

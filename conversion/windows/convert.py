@@ -14,16 +14,18 @@ Writes go through the volumes' devices, which lie over an overlay: nothing here 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
+from uuid import UUID
 
 from conversion.device import Slice
 from conversion.errors import ConversionError, DamagedError, NoSpaceError, RefusedError
 from conversion.filesystems.fat import FatFileSystem
 from conversion.filesystems.filesystem import FileSystem
 from conversion.finding import Finding, Severity
+from conversion.identity import DiskIdentity
 from conversion.overlay import Overlay
 from conversion.windows.bcd import BOOT_MANAGER as BOOT_MANAGER_OBJECT
 from conversion.windows.bcd import BcdChange, BootStore, convert_bcd_to_bios
@@ -44,7 +46,6 @@ from conversion.windows.guest import (
 )
 from conversion.windows.hivefile import read_recovered
 from conversion.windows.hivelog import Recovery
-from conversion.windows.mapping import DiskMapping
 from conversion.windows.system import HiveConversion, HiveEdit, convert_system_to_bios, convert_system_to_uefi
 from conversion.windows.volume import Volume
 
@@ -144,20 +145,22 @@ class WindowsConversion:
 def convert_windows(
     esp: Volume,
     windows: Volume,
-    mapping: DiskMapping,
+    identity: DiskIdentity,
     *,
     overlay: Overlay | None = None,
+    letterless: Collection[UUID] = (),
     system_hive: Recovery | None = None,
     discard_hibernation: bool = False,
 ) -> WindowsConversion:
     """Write what a start from a BIOS needs; both volumes lie on ``overlay``, which is told the reasons.
 
-    The system was inspected and found convertible; ``system_hive`` as the inspection read it saves reading it again.
+    The system was inspected and found convertible; ``letterless`` and
+    ``system_hive`` are what the inspection found; the hive saves reading it again.
     Raises RefusedError, NoSpaceError, DamagedError.
     """
     done = WindowsConversion(
-        convert_esp(esp, windows, mapping, overlay=overlay),
-        convert_system(windows, mapping, overlay=overlay, recovery=system_hive),
+        convert_esp(esp, windows, identity, overlay=overlay),
+        convert_system(windows, identity, overlay=overlay, letterless=letterless, recovery=system_hive),
     )
     if discard_hibernation:
         forget_hibernation(windows, overlay=overlay)
@@ -165,22 +168,24 @@ def convert_windows(
 
 
 def restore_windows(
-    done: WindowsConversion, esp: Volume, windows: Volume, mapping: DiskMapping, *, overlay: Overlay | None = None
+    done: WindowsConversion, esp: Volume, windows: Volume, identity: DiskIdentity, *, overlay: Overlay | None = None
 ) -> WindowsConversion:
-    """Take a conversion back on a disk on which Windows ran since; ``mapping`` is of the tables as they are now.
+    """Take a conversion back on a disk on which Windows ran since; ``identity`` is of the tables as they are now.
 
     Returns what was done: the edits of the hive, the fallback loader where it had to be made. Raises RefusedError,
     NoSpaceError, DamagedError.
     """
     return WindowsConversion(
-        restore_esp(done.esp, esp, overlay=overlay), restore_system(done.system, windows, mapping, overlay=overlay)
+        restore_esp(done.esp, esp, overlay=overlay), restore_system(done.system, windows, identity, overlay=overlay)
     )
 
 
 # The EFI system partition
 
 
-def convert_esp(esp: Volume, windows: Volume, mapping: DiskMapping, *, overlay: Overlay | None = None) -> EspConversion:
+def convert_esp(
+    esp: Volume, windows: Volume, identity: DiskIdentity, *, overlay: Overlay | None = None
+) -> EspConversion:
     """Write the boot manager for a BIOS, its store, and as much of what it shows as there is room for."""
     fat, guest = _fat(esp), _readable(windows)
     manager = guest.read_file(BOOT_MANAGER_BIOS, largest_bytes=_LARGEST_MANAGER_BYTES)
@@ -188,7 +193,7 @@ def convert_esp(esp: Volume, windows: Volume, mapping: DiskMapping, *, overlay: 
     if not manager or recovery is None:
         missing = BOOT_STORE_UEFI if manager else BOOT_MANAGER_BIOS
         raise RefusedError(f"no {missing}", subject=esp.title if manager else windows.title)
-    store = convert_bcd_to_bios(recovery.content, mapping, subject=f"{esp.title} {BOOT_STORE}")
+    store = convert_bcd_to_bios(recovery.content, identity, subject=f"{esp.title} {BOOT_STORE}")
     writer = _EspWriter(fat, esp.title, overlay)
     writer.write(BOOT_MANAGER, manager, "the boot manager for a BIOS, the guest's own")
     writer.write(BOOT_STORE, store.content, "the boot store for a BIOS, made from the one for UEFI")
@@ -306,7 +311,12 @@ def _file_left(esp: Volume, path: str, evidence: str) -> Finding:
 
 
 def convert_system(
-    windows: Volume, mapping: DiskMapping, *, overlay: Overlay | None = None, recovery: Recovery | None = None
+    windows: Volume,
+    identity: DiskIdentity,
+    *,
+    overlay: Overlay | None = None,
+    letterless: Collection[UUID] = (),
+    recovery: Recovery | None = None,
 ) -> SystemConversion:
     """Edit the SYSTEM hive for a start from a BIOS, in place. Raises NoSpaceError where its file has no room."""
     guest = _readable(windows)
@@ -316,7 +326,8 @@ def convert_system(
     listed = guest.list_folder(DRIVERS_FOLDER) or ()
     edited = convert_system_to_bios(
         recovery.content,
-        mapping,
+        identity,
+        letterless=letterless,
         driver_files=frozenset(each.name.lower() for each in listed),
         above_sequence=recovery.highest_sequence,
         subject=f"{windows.title} {SYSTEM_HIVE}",
@@ -325,7 +336,7 @@ def convert_system(
 
 
 def restore_system(
-    done: SystemConversion, windows: Volume, mapping: DiskMapping, *, overlay: Overlay | None = None
+    done: SystemConversion, windows: Volume, identity: DiskIdentity, *, overlay: Overlay | None = None
 ) -> SystemConversion:
     """Edit the SYSTEM hive as it is now for a start from UEFI, in place."""
     recovery = read_recovered(_readable(windows), SYSTEM_HIVE)
@@ -333,7 +344,7 @@ def restore_system(
         raise RefusedError(f"no {SYSTEM_HIVE}", subject=windows.title)
     edited = convert_system_to_uefi(
         recovery.content,
-        mapping,
+        identity,
         done.edits,
         above_sequence=recovery.highest_sequence,
         subject=f"{windows.title} {SYSTEM_HIVE}",

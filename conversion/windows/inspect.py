@@ -31,7 +31,7 @@ from conversion.windows.hivefile import HiveFile, read_recovered
 from conversion.windows.hivelog import Recovery
 from conversion.windows.program import Architecture, architecture_of, version_of
 from conversion.windows.system import DriverState, control_sets, driver_states
-from conversion.windows.volume import ESP, LDM_DATA, LDM_METADATA, MSR, STORAGE_SPACES, Volume
+from conversion.windows.volume import ESP, LDM_DATA, LDM_METADATA, MSR, RECOVERY, STORAGE_SPACES, Volume
 
 _ROOM_BEYOND_BYTES: Final = 64 << 10  # on the ESP, for folders and rounding
 _LARGEST_PROGRAM_BYTES: Final = 32 << 20
@@ -62,6 +62,7 @@ class WindowsSystem:
     is_hive_dirty: bool
     is_hibernated: bool
     drivers: tuple[DriverState, ...]
+    letterless: frozenset[uuid.UUID]  # partitions that Windows gives no letter
     findings: tuple[Finding, ...]
     system_hive: Recovery | None = field(default=None, repr=False, compare=False)  # as read, its logs applied
 
@@ -131,6 +132,7 @@ class _Inspection:
             is_hive_dirty=recovery is not None and recovery.was_dirty,
             is_hibernated=is_hibernated,
             drivers=drivers,
+            letterless=frozenset(each.partition_guid for each in self._volumes if each.type_guid in {ESP, RECOVERY}),
             findings=tuple(self._findings),
             system_hive=recovery,
         )

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
+from uuid import UUID
 
 from conversion.errors import DamagedError
 from conversion.finding import Finding, Severity
+from conversion.identity import DiskIdentity
 from conversion.windows.hive import REG_BINARY, REG_DWORD, U32, Hive, Key
 from conversion.windows.hiveedit import HiveEditor
-from conversion.windows.mapping import DiskMapping
+from conversion.windows.mountrecord import mbr_record, to_gpt, to_mbr
 
 # For a disk on IDE, as a Generation 1 machine offers it, and on Hyper-V's own bus beside it.
 BOOT_DRIVERS: Final = ("atapi", "intelide", "pciide", "storvsc", "vmbus", "storflt")
@@ -130,14 +132,17 @@ def driver_states(hive: Hive, names: Iterable[str] = BOOT_DRIVERS) -> tuple[Driv
 
 def convert_system_to_bios(
     content: bytes,
-    mapping: DiskMapping,
+    identity: DiskIdentity,
     *,
+    letterless: Collection[UUID] = (),
     driver_files: Collection[str] | None = None,
     above_sequence: int = 0,
     subject: str = "SYSTEM hive",
 ) -> HiveConversion:
-    r"""Return the SYSTEM hive ``content`` (clean) with what a start under the MBR of ``mapping`` needs.
+    r"""Return the SYSTEM hive ``content`` (clean) with what a start under the MBR of ``identity`` needs.
 
+    ``letterless`` are the partitions that Windows gives no letter under the GPT (ESP, recovery), by GUID: without a
+    record that says so, it would give them one under the MBR.
     ``driver_files`` are the names in \Windows\System32\drivers: a driver whose file is missing is left as it is, as a
     missing file of a driver that starts at boot stops Windows. None: not checked.
 
@@ -148,24 +153,24 @@ def convert_system_to_bios(
     mounted = edits.hive.root.key(MOUNTED_DEVICES)
     if mounted is not None:
         for value in list(mounted.values()):
-            record = mapping.to_mbr(value.data) if value.kind == REG_BINARY else None
+            record = to_mbr(value.data, identity) if value.kind == REG_BINARY else None
             if record is not None:
                 edits.set(
                     mounted, MOUNTED_DEVICES, value.name, record, "under an MBR a volume goes by signature and offset"
                 )
-        _withhold_letters(edits, mounted, mapping)
+        _withhold_letters(edits, mounted, identity, letterless)
     return edits.finish(above_sequence)
 
 
 def convert_system_to_uefi(
     content: bytes,
-    mapping: DiskMapping,
+    identity: DiskIdentity,
     edits: Iterable[HiveEdit],
     *,
     above_sequence: int = 0,
     subject: str = "SYSTEM hive",
 ) -> HiveConversion:
-    """Return the SYSTEM hive ``content`` (clean) as it stands now, for a start under the GPT of ``mapping``.
+    """Return the SYSTEM hive ``content`` (clean) as it stands now, for a start under the GPT of ``identity``.
 
     ``edits`` are those of the way out. What it added is deleted and what it changed is set back where it still stands
     as written; the records of volumes are mapped as they are now, those that Windows made meanwhile included.
@@ -176,7 +181,7 @@ def convert_system_to_uefi(
             _take_back(taken, edit)
     mounted = taken.hive.root.key(MOUNTED_DEVICES)
     for value in list(mounted.values()) if mounted is not None else []:
-        record = mapping.to_gpt(value.data) if value.kind == REG_BINARY else None
+        record = to_gpt(value.data, identity) if value.kind == REG_BINARY else None
         if mounted is not None and record is not None:
             taken.set(mounted, MOUNTED_DEVICES, value.name, record, "under a GPT a volume goes by its GUID")
     return taken.finish(above_sequence)
@@ -203,13 +208,13 @@ def _start_drivers(edits: _Edits, driver_files: Collection[str] | None) -> None:
                 edits.set(override, f"{path}\\StartOverride", "0", _BOOT_START, why, kind=REG_DWORD)
 
 
-def _withhold_letters(edits: _Edits, mounted: Key, mapping: DiskMapping) -> None:
+def _withhold_letters(edits: _Edits, mounted: Key, identity: DiskIdentity, letterless: Collection[UUID]) -> None:
     """Keep Windows from giving a letter to what has none under GPT, unless a person gave it one."""
     known = {value.data for value in mounted.values()}
-    for place in mapping.partitions:
-        record = mapping.mbr_record(place)
-        if place.has_no_letter and record not in known:
-            name = f"{_NO_LETTER}{{{place.partition_guid}}}"
+    for partition in identity.partitions:
+        record = mbr_record(identity, partition)
+        if partition.guid in letterless and record not in known:
+            name = f"{_NO_LETTER}{{{partition.guid}}}"
             edits.set(mounted, MOUNTED_DEVICES, name, record, "a partition that had no letter gets none under the MBR")
 
 

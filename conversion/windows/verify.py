@@ -7,11 +7,11 @@ from typing import Final
 from conversion.errors import ConversionError
 from conversion.filesystems.filesystem import FileSystem
 from conversion.finding import Finding, Severity
+from conversion.identity import DiskIdentity
 from conversion.windows.bcd import DEVICE, FIRMWARE_TYPES, OS_DEVICE, PATH, BootStore
 from conversion.windows.bcddevice import devices_in
 from conversion.windows.guest import BOOT_MANAGER, BOOT_STORE, SYSTEM_HIVE
 from conversion.windows.hive import Hive
-from conversion.windows.mapping import DiskMapping
 from conversion.windows.system import driver_states
 from conversion.windows.volume import Volume
 
@@ -19,11 +19,11 @@ _LARGEST_STORE_BYTES: Final = 16 << 20
 _LARGEST_HIVE_BYTES: Final = 256 << 20
 
 
-def verify_windows(esp: Volume, windows: Volume, mapping: DiskMapping) -> tuple[Finding, ...]:
+def verify_windows(esp: Volume, windows: Volume, identity: DiskIdentity) -> tuple[Finding, ...]:
     """Return what is wrong with a converted disk, nothing where all is well. Raises no ConversionError."""
     wrong: list[tuple[str, str]] = []
     try:
-        wrong += _esp(esp, windows, mapping)
+        wrong += _esp(esp, windows, identity)
         wrong += _system(windows)
     except ConversionError as error:
         wrong.append(("what was written cannot be read", str(error)))
@@ -41,7 +41,7 @@ def verify_windows(esp: Volume, windows: Volume, mapping: DiskMapping) -> tuple[
     )
 
 
-def _esp(esp: Volume, windows: Volume, mapping: DiskMapping) -> list[tuple[str, str]]:
+def _esp(esp: Volume, windows: Volume, identity: DiskIdentity) -> list[tuple[str, str]]:
     wrong: list[tuple[str, str]] = []
     if esp.filesystem is None or not esp.has(BOOT_MANAGER):
         return [("the boot manager is missing", f"no {BOOT_MANAGER}")]
@@ -59,11 +59,11 @@ def _esp(esp: Volume, windows: Volume, mapping: DiskMapping) -> list[tuple[str, 
         return [*wrong, ("the boot store starts nothing", f"{BOOT_STORE} has no default entry")]
     if not loader.text(PATH).lower().endswith(".exe"):
         wrong.append(("the default entry starts no program for a BIOS", loader.text(PATH)))
-    place = mapping.by_guid(windows.partition_guid)
+    place = identity.by_guid(windows.partition_guid)
     for number in (DEVICE, OS_DEVICE):
         element = loader.elements.get(number)
         for device in devices_in(element.data).partitions if element else ():
-            if place is None or (device.signature, device.offset_bytes) != (mapping.signature, place.offset_bytes):
+            if place is None or (device.signature, device.offset_bytes) != (identity.signature, place.offset_bytes):
                 wrong.append(("the default entry names another partition", f"element {number} names {device}"))
     return wrong
 

@@ -18,7 +18,7 @@ from conversion.device import BlockDevice, Slice
 from conversion.filesystems.fat import FatFileSystem
 from conversion.filesystems.filesystem import FileSystem
 from conversion.filesystems.ntfs import NtfsFileSystem
-from conversion.windows.mapping import DiskMapping, PartitionPlace
+from conversion.identity import DiskIdentity, PartitionIdentity
 from conversion.windows.volume import BASIC_DATA, ESP, MSR, RECOVERY, Volume
 from tests.support import ntfs_files
 from tests.support.boot_disks import make_fat, run, sparse_file
@@ -137,14 +137,18 @@ class WindowsDisk:
             volumes.append(Volume(number, part, partition.kind, partition.guid, filesystem))
         return tuple(volumes)
 
-    def mapping(self, *, signature: int = SIGNATURE) -> DiskMapping:
+    def identity(self, *, signature: int = SIGNATURE) -> DiskIdentity:
         """Return the places of the partitions that an MBR keeps."""
         places = [
-            PartitionPlace(partition.guid, start, partition.kind in {ESP, RECOVERY})
-            for partition, (start, _) in zip(self.partitions, self.ranges, strict=True)
+            (number, partition.guid, start, size)
+            for number, (partition, (start, size)) in enumerate(zip(self.partitions, self.ranges, strict=True), 1)
             if partition.kind != MSR
         ]
-        return DiskMapping(DISK_GUID, signature, tuple(places))
+        partitions = tuple(
+            PartitionIdentity(number, guid, mbr_number, start, size // SECTOR)
+            for mbr_number, (number, guid, start, size) in enumerate(places, 1)
+        )
+        return DiskIdentity(DISK_GUID, signature, partitions)
 
 
 def standard_layout(

@@ -12,21 +12,26 @@ import pytest
 from regipy.registry import RegistryHive
 
 from conversion.errors import ConversionError, DamagedError
+from conversion.identity import DiskIdentity, PartitionIdentity
 from conversion.windows.bcd import BOOT_MANAGER, BcdElement, BcdObject, BootStore, bios_path, convert_bcd_to_bios
 from conversion.windows.bcddevice import PartitionDevice, devices_in, encode_partition
 from conversion.windows.hive import Hive
-from conversion.windows.mapping import DiskMapping, PartitionPlace
 from tests.support import windows_disk
 from tests.support.hive_builder import build_hive, tree
 from tests.unit.test_hive_edit import check_cells
 
 needs_samples = pytest.mark.skipif(not windows_disk.SAMPLES.is_dir(), reason=windows_disk.NO_SAMPLES)
 
+
+def partition(guid: uuid.UUID, offset_bytes: int) -> PartitionIdentity:
+    return PartitionIdentity(1, guid, 1, offset_bytes, 2048)
+
+
 SIGNATURE = 0xDDBA6BBB
 DISK = windows_disk.DISK_GUID
 WINDOWS, ESP, RECOVERY = windows_disk.STORED_WINDOWS_GUID, windows_disk.ESP_GUID, windows_disk.RECOVERY_GUID
 OFFSETS = {ESP: 1 << 20, WINDOWS: 117 << 20, RECOVERY: 5 << 40}
-MAPPING = DiskMapping(DISK, SIGNATURE, tuple(PartitionPlace(guid, at) for guid, at in OFFSETS.items()))
+IDENTITY = DiskIdentity(DISK, SIGNATURE, tuple(partition(guid, at) for guid, at in OFFSETS.items()))
 LOCATE_DISK = uuid.UUID("20ac3077-f7cd-4c47-95d5-53fbf8b752b5")
 LOCATE_ESP = uuid.UUID("85c434af-7860-49b3-85c3-b70316081b7b")
 
@@ -66,7 +71,7 @@ def flat(content: bytes) -> dict[tuple[str, str], bytes]:
 @needs_samples
 def test_the_sample_is_converted_element_by_element() -> None:
     before = windows_disk.sample("BCD")
-    done = convert_bcd_to_bios(before, MAPPING)
+    done = convert_bcd_to_bios(before, IDENTITY)
 
     wanted = {place: data for place, data in flat(before).items() if place[0] not in FIRMWARE}
     for name in (WINLOAD, RESUME):
@@ -94,7 +99,7 @@ def test_the_sample_is_converted_element_by_element() -> None:
 
 @needs_samples
 def test_every_edit_is_listed_with_its_reason() -> None:
-    done = convert_bcd_to_bios(windows_disk.sample("BCD"), MAPPING)
+    done = convert_bcd_to_bios(windows_disk.sample("BCD"), IDENTITY)
     listed = {(change.object_id, change.element): change for change in done.changes}
     assert len(listed) == len(done.changes) == 21
     assert all(change.why for change in done.changes)
@@ -107,8 +112,8 @@ def test_every_edit_is_listed_with_its_reason() -> None:
 @needs_samples
 def test_elements_that_search_are_left_as_they_are() -> None:
     before = windows_disk.sample("BCD-efi-locate")
-    mapping = DiskMapping(LOCATE_DISK, SIGNATURE, (PartitionPlace(LOCATE_ESP, OFFSETS[ESP]),))
-    done = convert_bcd_to_bios(before, mapping)
+    identity = DiskIdentity(LOCATE_DISK, SIGNATURE, (partition(LOCATE_ESP, OFFSETS[ESP]),))
+    done = convert_bcd_to_bios(before, identity)
     loader = "{d65367c7-3fb7-11ec-8288-eab76d76405a}"
     wanted = {place: data for place, data in flat(before).items() if place[0] not in FIRMWARE}
     wanted[loader, "12000002"] = text(r"\Windows\system32\winload.exe")
@@ -122,7 +127,7 @@ def test_elements_that_search_are_left_as_they_are() -> None:
 @needs_samples
 def test_a_store_that_windows_made_for_a_bios_stays_as_it_is() -> None:
     content = windows_disk.sample("BCD-bios")
-    done = convert_bcd_to_bios(content, MAPPING)
+    done = convert_bcd_to_bios(content, IDENTITY)
     assert done.content == content
     assert done.changes == done.findings == ()
     # The form that is written here is the form that Windows writes there.
@@ -134,9 +139,9 @@ def test_a_store_that_windows_made_for_a_bios_stays_as_it_is() -> None:
 @needs_samples
 def test_the_same_store_gives_the_same_bytes_and_a_converted_one_stays() -> None:
     content = windows_disk.sample("BCD")
-    once = convert_bcd_to_bios(content, MAPPING)
-    assert convert_bcd_to_bios(content, MAPPING) == once
-    twice = convert_bcd_to_bios(once.content, MAPPING)
+    once = convert_bcd_to_bios(content, IDENTITY)
+    assert convert_bcd_to_bios(content, IDENTITY) == once
+    twice = convert_bcd_to_bios(once.content, IDENTITY)
     assert twice.content == once.content
     assert twice.changes == ()
 
@@ -146,7 +151,7 @@ def test_the_same_store_gives_the_same_bytes_and_a_converted_one_stays() -> None
 def test_a_converted_store_is_read_by_hivex_and_regipy_as_by_us(name: str, tmp_path: Path) -> None:
     if shutil.which("hivexregedit") is None:
         pytest.skip("hivexregedit is not installed (Debian: libwin-hivex-perl)")
-    done = convert_bcd_to_bios(windows_disk.sample(name), MAPPING)
+    done = convert_bcd_to_bios(windows_disk.sample(name), IDENTITY)
     (tmp_path / "BCD").write_bytes(done.content)
     exported = subprocess.run(
         ["hivexregedit", "--export", tmp_path / "BCD", "\\Objects"], capture_output=True, check=True
@@ -167,11 +172,9 @@ def test_a_converted_store_is_read_by_hivex_and_regipy_as_by_us(name: str, tmp_p
 
 @needs_samples
 def test_a_partition_without_a_place_keeps_its_element_with_a_finding() -> None:
-    mapping = DiskMapping(
-        DISK, SIGNATURE, tuple(place for place in MAPPING.partitions if place.partition_guid != RECOVERY)
-    )
+    identity = DiskIdentity(DISK, SIGNATURE, tuple(place for place in IDENTITY.partitions if place.guid != RECOVERY))
     before = windows_disk.sample("BCD")
-    done = convert_bcd_to_bios(before, mapping)
+    done = convert_bcd_to_bios(before, identity)
     assert {(finding.rule, finding.subject.split()[-1]) for finding in done.findings} == {
         ("bcd-unmapped-partition", RECOVERY_LOADER),
         ("bcd-unmapped-partition", RECOVERY_OPTIONS),
@@ -182,7 +185,7 @@ def test_a_partition_without_a_place_keeps_its_element_with_a_finding() -> None:
 def test_another_disk_of_the_same_partition_is_another_partition() -> None:
     other = encode_partition(PartitionDevice.gpt(0, uuid.UUID(int=5), ESP))
     store = build_hive(tree({r"Objects\{a}\Elements\11000001": {"Element": (3, other)}}))
-    done = convert_bcd_to_bios(store, MAPPING)
+    done = convert_bcd_to_bios(store, IDENTITY)
     assert [finding.rule for finding in done.findings] == ["bcd-unmapped-partition"]
     assert done.content == store
 
@@ -207,7 +210,7 @@ def test_programs_are_replaced_by_those_for_a_bios(path: str, wanted: str) -> No
 def test_an_object_without_description_is_converted_and_a_foreign_program_is_told() -> None:
     bare = {"Element": (1, text(r"\EFI\grub\grubx64.efi"))}
     store = build_hive(tree({r"Objects\{a}\Elements\12000002": bare, r"Objects\{b}": {}}))
-    done = convert_bcd_to_bios(store, MAPPING)
+    done = convert_bcd_to_bios(store, IDENTITY)
     assert [finding.rule for finding in done.findings] == ["bcd-foreign-path"]
     assert objects(done.content)["{a}"].kind is None
 
@@ -229,7 +232,7 @@ def test_lists_lose_what_was_deleted_and_empty_ones_go() -> None:
             }
         )
     )
-    done = convert_bcd_to_bios(store, MAPPING)
+    done = convert_bcd_to_bios(store, IDENTITY)
     manager = objects(done.content)[BOOT_MANAGER].elements
     assert manager == {number: BcdElement(number, *listed(kept)) for number in ("24000001", "24000010")}
     assert firmware not in objects(done.content)
@@ -243,7 +246,7 @@ def locate(path: str) -> bytes:
 
 def test_a_path_that_is_searched_for_is_replaced_in_place() -> None:
     store = build_hive(tree({r"Objects\{a}\Elements\21000001": {"Element": (3, locate(r"\Windows\winload.efi"))}}))
-    done = convert_bcd_to_bios(store, MAPPING)
+    done = convert_bcd_to_bios(store, IDENTITY)
     assert flat(done.content)["{a}", "21000001"] == locate(r"\Windows\winload.exe")
 
 
@@ -264,7 +267,7 @@ def test_a_path_that_is_searched_for_is_replaced_in_place() -> None:
 def test_devices_that_are_not_understood_are_kept_with_a_finding(element: bytes) -> None:
     assert devices_in(element).unknown
     store = build_hive(tree({r"Objects\{a}\Elements\11000001": {"Element": (3, element)}}))
-    done = convert_bcd_to_bios(store, MAPPING)
+    done = convert_bcd_to_bios(store, IDENTITY)
     assert [finding.rule for finding in done.findings] == ["bcd-unknown-device"]
     assert done.content == store
 
@@ -281,7 +284,7 @@ def test_nested_devices_end_at_a_depth() -> None:
 
 def test_a_hive_that_is_no_store_is_refused() -> None:
     with pytest.raises(DamagedError, match="no boot store"):
-        convert_bcd_to_bios(build_hive(tree({"Something": {}})), MAPPING)
+        convert_bcd_to_bios(build_hive(tree({"Something": {}})), IDENTITY)
 
 
 def test_the_only_loader_is_the_default_where_none_is_named() -> None:
@@ -300,7 +303,7 @@ def test_flipped_stores_end_in_an_error_of_ours_or_are_converted() -> None:
         content = bytearray(whole)
         content[at] ^= 0xFF
         try:
-            done = convert_bcd_to_bios(bytes(content), MAPPING)
+            done = convert_bcd_to_bios(bytes(content), IDENTITY)
         except ConversionError:
             continue
         assert len(done.content) == len(whole)

@@ -9,10 +9,10 @@ import uuid
 import pytest
 
 from conversion.errors import DamagedError
+from conversion.identity import DiskIdentity, PartitionIdentity
 from conversion.windows.hive import REG_BINARY, REG_DWORD, Hive
 from conversion.windows.hiveedit import HiveEditor
 from conversion.windows.hivelog import recover
-from conversion.windows.mapping import DiskMapping, PartitionPlace
 from conversion.windows.system import (
     BOOT_DRIVERS,
     HiveConversion,
@@ -29,12 +29,17 @@ from tests.unit.test_hive_edit import check_cells
 
 needs_samples = pytest.mark.skipif(not windows_disk.SAMPLES.is_dir(), reason=windows_disk.NO_SAMPLES)
 
+
+def partition(guid: uuid.UUID, offset_bytes: int) -> PartitionIdentity:
+    return PartitionIdentity(1, guid, 1, offset_bytes, 2048)
+
+
 SIGNATURE = 0x60D17002
 WINDOWS, ESP, DATA, GONE = (uuid.UUID(int=number << 100) for number in (1, 2, 3, 4))
-MAPPING = DiskMapping(
+IDENTITY = DiskIdentity(
     uuid.UUID(int=9),
     SIGNATURE,
-    (PartitionPlace(ESP, 1 << 20, True), PartitionPlace(WINDOWS, 117 << 20), PartitionPlace(DATA, 3 << 40)),
+    (partition(ESP, 1 << 20), partition(WINDOWS, 117 << 20), partition(DATA, 3 << 40)),
 )
 
 
@@ -78,7 +83,7 @@ def reloaded(done: HiveConversion) -> tuple[HiveEdit, ...]:
 
 def test_drivers_and_records_are_edited_and_nothing_else() -> None:
     before = system_hive()
-    done = convert_system_to_bios(before, MAPPING)
+    done = convert_system_to_bios(before, IDENTITY, letterless=[ESP])
     wanted = everything(Hive(before))
     for control_set in ("ControlSet001", "ControlSet002"):  # the one that failed is left as it failed
         for name in BOOT_DRIVERS:
@@ -92,11 +97,11 @@ def test_drivers_and_records_are_edited_and_nothing_else() -> None:
     assert done.findings == ()
     check_cells(done.content)
     assert all(state.starts_at_boot for state in driver_states(Hive(done.content)))
-    assert convert_system_to_bios(before, MAPPING) == done
+    assert convert_system_to_bios(before, IDENTITY, letterless=[ESP]) == done
 
 
 def test_every_edit_tells_what_stood_there_and_survives_json() -> None:
-    done = convert_system_to_bios(system_hive(), MAPPING)
+    done = convert_system_to_bios(system_hive(), IDENTITY, letterless=[ESP])
     assert reloaded(done) == done.edits
     named = {(edit.key, edit.name): edit for edit in done.edits}
     assert len(named) == len(done.edits) == 2 * (len(BOOT_DRIVERS) - 1 + 1) + 3
@@ -109,14 +114,14 @@ def test_every_edit_tells_what_stood_there_and_survives_json() -> None:
 
 def test_the_way_back_restores_every_value() -> None:
     before = system_hive()
-    there = convert_system_to_bios(before, MAPPING)
-    back = convert_system_to_uefi(there.content, MAPPING, reloaded(there))
+    there = convert_system_to_bios(before, IDENTITY, letterless=[ESP])
+    back = convert_system_to_uefi(there.content, IDENTITY, reloaded(there))
     assert everything(Hive(back.content)) == everything(Hive(before))
     check_cells(back.content)
 
 
 def test_what_the_guest_changed_meanwhile_stays_and_its_new_records_are_mapped() -> None:
-    there = convert_system_to_bios(system_hive(), MAPPING)
+    there = convert_system_to_bios(system_hive(), IDENTITY, letterless=[ESP])
     editor = HiveEditor(there.content)
 
     def set_value(path: str, name: str, value: tuple[int, bytes]) -> None:
@@ -129,7 +134,7 @@ def test_what_the_guest_changed_meanwhile_stays_and_its_new_records_are_mapped()
     set_value("MountedDevices", r"\DosDevices\S:", mbr(1 << 20))
     set_value("MountedDevices", r"\DosDevices\X:", mbr(5 << 20))  # no partition begins there
     set_value("MountedDevices", r"\DosDevices\D:", mbr(1 << 20, 0x12345678))  # another disk has the letter now
-    back = everything(Hive(convert_system_to_uefi(editor.finish(), MAPPING, reloaded(there)).content))
+    back = everything(Hive(convert_system_to_uefi(editor.finish(), IDENTITY, reloaded(there)).content))
     assert back[r"ControlSet001\Services\atapi"]["Start"] == number(4)
     assert back[r"ControlSet002\Services\atapi"]["Start"] == number(3)
     mounted = back["MountedDevices"]
@@ -144,13 +149,13 @@ def test_a_letter_given_by_a_person_is_kept() -> None:
     hive = build_hive(
         tree({"Select": {"Current": 1}, "ControlSet001": {}, "MountedDevices": {r"\DosDevices\S:": gpt(ESP)}})
     )
-    done = convert_system_to_bios(hive, MAPPING)
+    done = convert_system_to_bios(hive, IDENTITY, letterless=[ESP])
     assert everything(Hive(done.content))["MountedDevices"] == {r"\DosDevices\S:": mbr(1 << 20)}
 
 
 def test_a_driver_without_its_file_is_not_started() -> None:
     files = {f"{name}.sys" for name in BOOT_DRIVERS}  # storflt's is named vmstorfl.sys
-    done = convert_system_to_bios(system_hive(), MAPPING, driver_files=files)
+    done = convert_system_to_bios(system_hive(), IDENTITY, letterless=[ESP], driver_files=files)
     states = {state.name: state.start for state in driver_states(Hive(done.content))}
     assert states == {**dict.fromkeys(BOOT_DRIVERS, 0), "storflt": 3}
     assert [(finding.rule, "vmstorfl.sys" in finding.evidence) for finding in done.findings] == [
@@ -160,7 +165,7 @@ def test_a_driver_without_its_file_is_not_started() -> None:
 
 def test_a_driver_that_is_not_installed_is_told() -> None:
     hive = build_hive(tree({"Select": {"Current": 1}, r"ControlSet001\Services\intelide": {"Start": 0}}))
-    done = convert_system_to_bios(hive, MAPPING)
+    done = convert_system_to_bios(hive, IDENTITY, letterless=[ESP])
     assert [finding.rule for finding in done.findings] == ["driver-missing"]
     assert done.content == hive
 
@@ -169,7 +174,7 @@ def test_a_driver_that_is_not_installed_is_told() -> None:
 def test_a_hive_that_is_no_system_hive_is_refused(paths: dict[str, dict[str, int]]) -> None:
     hive = build_hive(tree({"Key": {}, **paths}))
     with pytest.raises(DamagedError, match="no SYSTEM hive"):
-        convert_system_to_bios(hive, MAPPING)
+        convert_system_to_bios(hive, IDENTITY, letterless=[ESP])
 
 
 @pytest.mark.parametrize(
@@ -185,13 +190,15 @@ def test_the_sample_of_a_gpt_machine_is_changed_in_nine_values_and_back() -> Non
     recovered = recover(
         windows_disk.sample("SYSTEM_B"), [windows_disk.sample("SYSTEM_B.LOG1"), windows_disk.sample("SYSTEM_B.LOG2")]
     )
-    mapping = DiskMapping(
+    identity = DiskIdentity(
         windows_disk.DISK_GUID,
         SIGNATURE,
-        (PartitionPlace(windows_disk.ESP_GUID, 1 << 20, True), PartitionPlace(windows_disk.WINDOWS_GUID, 117 << 20)),
+        (partition(windows_disk.ESP_GUID, 1 << 20), partition(windows_disk.WINDOWS_GUID, 117 << 20)),
     )
     before = everything(Hive(recovered.content))
-    done = convert_system_to_bios(recovered.content, mapping, above_sequence=recovered.highest_sequence)
+    done = convert_system_to_bios(
+        recovered.content, identity, letterless=[windows_disk.ESP_GUID], above_sequence=recovered.highest_sequence
+    )
     wanted = {path: dict(values) for path, values in before.items()}
     for name in BOOT_DRIVERS:
         wanted[rf"ControlSet001\Services\{name}\StartOverride"]["0"] = number(0)
@@ -204,7 +211,7 @@ def test_the_sample_of_a_gpt_machine_is_changed_in_nine_values_and_back() -> Non
         at for at in range(4096, len(done.content), 64) if done.content[at : at + 64] != recovered.content[at : at + 64]
     ]
     assert len(changed) < 40
-    back = convert_system_to_uefi(done.content, mapping, reloaded(done))
+    back = convert_system_to_uefi(done.content, identity, reloaded(done))
     assert everything(Hive(back.content)) == before
 
 
@@ -216,16 +223,16 @@ def test_the_sample_of_an_mbr_machine_maps_to_gpt_and_back() -> None:
     hive = editor.finish()
     assert control_sets(Hive(hive)) == ("ControlSet001",)
     places = {0x1F500000: WINDOWS, 0x18E1858000: DATA, 0x100000: ESP}
-    mapping = DiskMapping(uuid.UUID(int=9), 0xDF4546AE, tuple(PartitionPlace(guid, at) for at, guid in places.items()))
+    identity = DiskIdentity(uuid.UUID(int=9), 0xDF4546AE, tuple(partition(guid, at) for at, guid in places.items()))
     before = everything(Hive(hive))
-    there = convert_system_to_uefi(hive, mapping, ())
+    there = convert_system_to_uefi(hive, identity, ())
     mounted = everything(Hive(there.content))["MountedDevices"]
     assert mounted[r"\DosDevices\C:"] == gpt(WINDOWS)
     assert mounted["#{5aae7822-77cb-11e9-bcf1-784f439fa657}"] == gpt(DATA)
     assert mounted[r"\DosDevices\E:"] == gpt(ESP)
     assert mounted[r"\DosDevices\F:"] == before["MountedDevices"][r"\DosDevices\F:"]  # another disk
     assert len(there.edits) == 3
-    back = convert_system_to_bios(there.content, mapping)
+    back = convert_system_to_bios(there.content, identity)
     after = everything(Hive(back.content))
     assert after["MountedDevices"] == before["MountedDevices"]
     differing = {path for path in before if before[path] != after[path]}
