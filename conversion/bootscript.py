@@ -103,12 +103,16 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class GrubGuest:
-    """A guest with a grub.cfg: in ``folder`` (``/boot/grub``, ``/grub2``, ``/@/boot/grub``) of the file system."""
+    """A guest with a grub.cfg: in ``folder`` (``/boot/grub``, ``/grub2``, ``/@/boot/grub``) of the file system.
+
+    ``folder`` is what the guest's ``$prefix`` is to be: its environment and its fonts are looked for there.
+    """
 
     place: Place
     folder: str
     substitutions: tuple[Substitution, ...] = ()
     known_entries: tuple[Entry, ...] = ()  # for a ``blscfg`` that finds none
+    file: str = "grub.cfg"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +168,12 @@ def boot_script(guest: Guest) -> BootScript:
 
 def grub_script(guest: GrubGuest) -> BootScript:
     """Return the script that hands over to the guest's grub.cfg."""
-    folder = _path(guest.folder)
+    folder, file = _path(guest.folder), _quoted(f"/{guest.file}")
     body = [
         *_search(guest.place, "root"),
         f"set godwit_folder=($root){_quoted(folder)}",
         "export godwit_folder",
-        'if [ -f "$godwit_folder/grub.cfg" ]; then',
+        f'if [ -f "$godwit_folder"{file} ]; then',
         # Its modules would be of another version than this GRUB: then the variable keeps pointing into the core, and
         # what the guest keeps in its environment is read and cleared for it.
         '    if [ -f "$godwit_folder/i386-pc/normal.mod" ]; then',
@@ -187,10 +191,10 @@ def grub_script(guest: GrubGuest) -> BootScript:
         '        set prefix="$godwit_folder"',
         "        export prefix",
         "    fi",
-        '    configfile "$godwit_folder/grub.cfg"',
+        f'    configfile "$godwit_folder"{file}',
         "fi",
         "fi",
-        *_nothing_found(f"{folder}/grub.cfg", guest.place.file_system_uuid),
+        *_nothing_found(f"{folder}/{guest.file}", guest.place.file_system_uuid),
     ]
     known = ["function godwit_known {", *_indented(_menu(guest.known_entries)), "    true", "}"]
     functions = [*_uefi_commands(), *_linux_function(guest.substitutions), *_bls_functions(), *known, *_blscfg()]

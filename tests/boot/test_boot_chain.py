@@ -155,8 +155,8 @@ menuentry right --id right {
             "/boot/grub/i386-pc/command.lst": b"linux: linux\ninitrd: linux\n",
             "/boot/grub/grubenv": environment,
         }
-        self.make(disk, tmp_path, {"/boot/grub/grub.cfg": configuration.encode(), **foreign})
-        lines = started(disk, GrubGuest(Place(EXT4_UUID, 1), "/boot/grub"))
+        self.make(disk, tmp_path, {"/boot/grub/it's.cfg": configuration.encode(), **foreign})
+        lines = started(disk, GrubGuest(Place(EXT4_UUID, 1), "/boot/grub", file="it's.cfg"))
         assert told(lines, "STUB-COMMAND ") == "BOOT_IMAGE=/boot/vmlinuz root=/dev/sda1"
         assert told(lines, "STUB-INITRD ") == "the initrd"
 

@@ -283,7 +283,7 @@ def _xfs_prototype(work: Path, files: dict[str, str]) -> str:
     for name in files:
         parent, _, last = name.rpartition("/")
         folders[parent][last] = f"---644 0 0 {work}/tree/{name}"
-    lines = ["", "0 0", "d--755 0 0"]
+    lines = ["no-boot-program", "0 0", "d--755 0 0"]
 
     def walk(folder: str) -> None:
         for last, line in sorted(folders.get(folder, {}).items()):
