@@ -45,6 +45,8 @@ def policy(
     for number, (role, user) in enumerate(users, start=1):
         if not user or any(ord(c) < 33 or ord(c) > 126 for c in user):
             raise UsageError(f"{user!r} names no user", hint="write the ARN of a user or role, or a SeaweedFS identity")
+        if format_ == "s3" and not user.startswith("arn:"):
+            raise UsageError(f"{user!r} is no ARN", hint="write it out, as in arn:aws:iam::123456789012:user/NAME")
         made = _Statements(bucket, prefix, _principal(user, format_), format_, f"Godwit{role.capitalize()}{number}")
         made.read(with_versions=terms is not None)
         if role is Role.AGENT:

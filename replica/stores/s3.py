@@ -39,16 +39,14 @@ from replica.errors import (
     GodwitError,
     NoStoreError,
     ObjectChangedError,
-    ObjectExistsError,
     ObjectLockedError,
     ObjectMissingError,
     StoreError,
-    StoreFullError,
     StoreRefusedError,
     StoreUnavailableError,
     UsageError,
 )
-from replica.stores.busy import StoreBusyError
+from replica.stores.answers import RangeOutsideError, answer_error
 from replica.stores.key import check_key, check_prefix
 from replica.stores.store import ObjectData, ObjectInfo
 from replica.stores.versions import TRIAL, Versions, lock_options
@@ -83,26 +81,6 @@ _PASSING_FAILURES: Final = (
 _CREDENTIALS_HINT: Final = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile of ~/.aws/credentials with ?profile=NAME"
 )
-_PASSING_CODES: Final = frozenset(
-    {"RequestTimeout", "BadDigest", "IncompleteBody", "InternalError", "ConditionalRequestConflict", "OperationAborted"}
-)
-_BUSY_CODES: Final = frozenset(
-    {"SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "ServiceUnavailable"}
-)
-_FULL_CODES: Final = frozenset(
-    {"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "InsufficientStorage", "NoSpaceLeft"}
-)
-_REFUSED_HINTS: Final[Mapping[str, str]] = {
-    "AccessDenied": "allow s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket to these credentials",
-    "InvalidAccessKeyId": "check AWS_ACCESS_KEY_ID, and that it belongs to this endpoint",
-    "SignatureDoesNotMatch": "check AWS_SECRET_ACCESS_KEY, and that the endpoint is written as its owner does",
-    "ExpiredToken": "renew the session credentials",
-    "RequestTimeTooSkewed": "set this machine's clock",
-    "PermanentRedirect": "name the bucket's region with ?region=REGION",
-    "AuthorizationHeaderMalformed": "name the bucket's region with ?region=REGION",
-    "NotImplemented": "choose a store that has conditional writes (AWS S3, MinIO, SeaweedFS, Cloudflare R2, Ceph)",
-}
-_FULL_HINT: Final = "free some space in the store, or raise its quota"
 _FOLDER_SERVERS: Final = ("SeaweedFS",)
 _ETAG: Final = re.compile(r'"[^",*\s]+"|[^",*\s]+')
 _MD5_ETAG: Final = re.compile(r'"?([0-9a-f]{32})"?')
@@ -205,7 +183,7 @@ class S3Store:
             self.head(key)
             raise ObjectChangedError(f"{tag!r} is not the tag of any version", key=key)
         try:
-            return self._put(key, data, "replace the object", {"IfMatch": tag})
+            return self._put(key, data, "replace the object", {"IfMatch": tag}, self._locked_from_now(key, data))
         except ObjectChangedError:
             self.head(key)  # some servers answer the same whether the object was changed or is gone
             raise
@@ -376,7 +354,7 @@ class S3Store:
     def _get_range(self, key: str, wanted: str, start: int | None, length: int | None) -> bytes:
         try:
             data, _, status = self._read(key, Range=wanted)
-        except _RangeOutsideError:
+        except RangeOutsideError:
             return b""
         if status != 206:  # a server without ranges sends it all
             return data[start:][:length] if start is not None else data[-(length or 0) :]
@@ -470,35 +448,15 @@ class S3Store:
         try:
             yield
         except failures.ClientError as error:
-            raise self._answer_error(error, key, operation) from error
+            raise self._answer_error(error.response, key, operation) from error
         except ResponseParserError as error:
             raise self._not_s3(key) from error
         except failures.BotoCoreError as error:
             raise self._failure_error(error, key, operation) from error
 
-    def _answer_error(self, error: failures.ClientError, key: str, operation: str) -> GodwitError:
+    def _answer_error(self, details: Mapping[str, Any], key: str, operation: str) -> GodwitError:
         """Return the error for what the server answered."""
-        details: Mapping[str, Any] = error.response
-        code = str(details.get("Error", {}).get("Code", ""))
-        status = int(details.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        if code == "NoSuchBucket":
-            return self._no_bucket()
-        if status in _OBJECT_ANSWERS:
-            kind, reason = _OBJECT_ANSWERS[status]
-            if status == 412 and operation == "create the object":
-                kind, reason = ObjectExistsError, "the object exists already"
-            return kind(reason, key=key)
-        message = details.get("Error", {}).get("Message", "")
-        reason = f"cannot {operation}: {self._url} answered {status} {code}: {message}"
-        kind = _kind_of_answer(status, code)
-        if kind is StoreBusyError:
-            return StoreBusyError(reason, key=key or None, retry_after_seconds=_retry_after(details))
-        hint = None
-        if kind is StoreFullError:
-            hint = _FULL_HINT
-        elif kind is StoreRefusedError:
-            hint = _REFUSED_HINTS.get(code, _REFUSED_HINTS["AccessDenied"])
-        return kind(reason, key=key or None, hint=hint)
+        return answer_error(details, key, operation, self._url) or self._no_bucket()
 
     def _failure_error(self, error: failures.BotoCoreError, key: str, operation: str) -> GodwitError:
         """Return the error for a request that got no answer."""
@@ -514,37 +472,8 @@ class S3Store:
         return StoreError(reason, key=key or None)
 
 
-class _RangeOutsideError(StoreError):
-    """The server answered 416: the range begins where the object has ended."""
-
-
-_OBJECT_ANSWERS: Final[Mapping[int, tuple[type[StoreError], str]]] = {
-    404: (ObjectMissingError, "no such object"),
-    412: (ObjectChangedError, "the object was changed by another"),
-    416: (_RangeOutsideError, "the range lies outside the object"),
-}
-
-
-def _kind_of_answer(status: int, code: str) -> type[StoreError]:
-    if status == 507 or code in _FULL_CODES:
-        return StoreFullError
-    if status in (301, 401, 403, 501) or code in _REFUSED_HINTS:
-        return StoreRefusedError
-    if status == 429 or code in _BUSY_CODES:
-        return StoreBusyError
-    if status >= 500 or code in _PASSING_CODES:
-        return StoreUnavailableError
-    return StoreError
-
-
 def _md5(content: bytes) -> hashlib._Hash:
     return hashlib.md5(content, usedforsecurity=False)
-
-
-def _retry_after(details: Mapping[str, Any]) -> float | None:
-    """Return what the answer's Retry-After says in seconds; its form as a date is not used by stores."""
-    value = details.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after", "")
-    return float(value) if str(value).isdigit() else None
 
 
 def _is_certificate_trouble(error: BaseException) -> bool:

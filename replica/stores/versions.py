@@ -17,8 +17,8 @@ from typing import Any, Final
 
 from replica.errors import (
     ConfigurationError,
+    NoStoreError,
     ObjectLockedError,
-    ObjectMissingError,
     StoreError,
     StoreRefusedError,
 )
@@ -59,8 +59,8 @@ class Versions:
         try:
             with self._translated("", "look for the bucket's Object Lock"):
                 answer = self._client.get_object_lock_configuration(Bucket=self._bucket)
-        except (ObjectMissingError, StoreError) as error:
-            if isinstance(error, StoreRefusedError) or error.retryable:
+        except StoreError as error:
+            if isinstance(error, StoreRefusedError | NoStoreError) or error.retryable:
                 raise
             raise ConfigurationError(f"the bucket {self._bucket!r} has no Object Lock", hint=_HINT) from error
         if answer.get("ObjectLockConfiguration", {}).get("ObjectLockEnabled") != "Enabled":
