@@ -39,8 +39,9 @@ class Overlay:
         self._sector = below.sector_size
         self._written: dict[int, bytes] = {}  # sector number → its content
         self._reason_of: dict[int, int] = {}  # sector number → index of the reason for its last write
-        self._reasons: list[tuple[str, str]] = [("the disk", "")]
+        self._reasons: list[tuple[str, str, str]] = [("", "the disk", "")]  # component, what, why
         self._reason = 0
+        self._component = ""
 
     @property
     def below(self) -> BlockDevice:
@@ -61,15 +62,26 @@ class Overlay:
     def because(self, what: str, why: str) -> Iterator[None]:
         """Note the reason for the writes made inside."""
         before = self._reason
-        if (what, why) in self._reasons:
-            self._reason = self._reasons.index((what, why))
+        reason = (self._component, what, why)
+        if reason in self._reasons:
+            self._reason = self._reasons.index(reason)
         else:
-            self._reasons.append((what, why))
+            self._reasons.append(reason)
             self._reason = len(self._reasons) - 1
         try:
             yield
         finally:
             self._reason = before
+
+    @contextmanager
+    def component(self, name: str) -> Iterator[None]:
+        """Note that the writes made inside are of that component: ``written`` tells them apart from others."""
+        before, self._component = self._component, name
+        try:
+            with self.because(name, ""):
+                yield
+        finally:
+            self._component = before
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset``, as written here or else below."""
@@ -111,10 +123,15 @@ class Overlay:
     def flush(self) -> None:
         """Do nothing: what is written here is kept in memory."""
 
-    def written(self) -> Iterator[tuple[int, bytes]]:
-        """Yield (offset, data) of what differs from the disk below, ascending, neighbours joined."""
+    def written(self, component: str | None = None) -> Iterator[tuple[int, bytes]]:
+        """Yield (offset, data) of what differs from the disk below, ascending, neighbours joined.
+
+        With ``component`` only what it wrote last.
+        """
         start, parts = 0, list[bytes]()
         for number in self._changed():
+            if component is not None and self._reasons[self._reason_of[number]][0] != component:
+                continue
             if parts and number * self._sector != start + len(parts) * self._sector:
                 yield start, b"".join(parts)
                 parts = []
@@ -134,7 +151,7 @@ class Overlay:
                 runs[-1] = (runs[-1][0], runs[-1][1] + length)
             else:
                 runs.append((offset, length))
-        return tuple(Change(*self._reasons[index], tuple(extents[index])) for index in sorted(extents))
+        return tuple(Change(*self._reasons[index][1:], tuple(extents[index])) for index in sorted(extents))
 
     def _changed(self) -> list[int]:
         sector, size = self._sector, self.size
