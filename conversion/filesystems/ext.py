@@ -40,7 +40,7 @@ _EXTENT_INDEX: Final = struct.Struct("<IIHH")  # block, leaf, leaf's high half, 
 assert _INODE.size == 112 and _EXTENT_HEADER.size == _EXTENT.size == _EXTENT_INDEX.size == 12
 
 _ROOT_INODE: Final = 2
-_COMPRESSED, _ENCRYPTED, _EXTENTS, _VERITY, _INLINE = 0x4, 0x800, 0x80000, 0x100000, 0x10000000
+_COMPRESSED, _ENCRYPTED, _INDEXED, _EXTENTS, _VERITY, _INLINE = 0x4, 0x800, 0x1000, 0x80000, 0x100000, 0x10000000
 _INCOMPATIBLE: Final = {
     0x1: "compression", 0x2: "filetype", 0x4: "recover", 0x10: "meta_bg", 0x40: "extents", 0x80: "64bit", 0x100: "mmp",
     0x200: "flex_bg", 0x400: "ea_inode", 0x1000: "dirdata", 0x2000: "metadata_csum_seed", 0x4000: "large_dir",
@@ -405,9 +405,15 @@ class ExtFileSystem:
         content = self._content(inode)
         for at in range(0, len(content), self._block_size):
             block = content[at : at + self._block_size]
-            self._verify_folder_block(inode, block)
+            if not self._is_index(inode, at, block):
+                self._verify_folder_block(inode, block)
             self._entries(block, found)
         return found
+
+    def _is_index(self, inode: _Inode, at: int, block: bytes) -> bool:
+        """Return whether a block is one of a hash tree: its end may still look like that of a block of entries."""
+        spans_all = block[:4] == bytes(4) and self._entry_length(int.from_bytes(block[4:6], "little")) == len(block)
+        return bool(inode.flags & _INDEXED) and (at == 0 or spans_all)
 
     def _verify_folder_block(self, inode: _Inode, block: bytes) -> None:
         tail = block[-12:]

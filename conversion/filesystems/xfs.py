@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Final
 
 from conversion.device import BlockDevice
-from conversion.errors import UnsupportedError
+from conversion.errors import DamagedError, UnsupportedError
 from conversion.filesystems.filesystem import Entry, EntryKind
 from conversion.filesystems.walk import (
     LARGEST_FOLDER_BYTES,
@@ -103,7 +103,7 @@ class XfsFileSystem:
         if number is None or self._inode(number).kind != "folder":
             return None
         found = self._folder(number).items()
-        return listed((name, self._inode(child).kind, self._inode(child).size) for name, child in found)
+        return listed(self._described(name, child) for name, child in found)
 
     def extents(self, path: str) -> tuple[tuple[int, int], ...] | None:
         """Return where a file's bytes lie; None where they cannot be overwritten in place."""
@@ -326,6 +326,14 @@ class XfsFileSystem:
         if end > LARGEST_FOLDER_BYTES:
             raise self._source.damaged(f"folder {inode.number} has {end} bytes")
         return read_runs(self._source, runs, self._block_size, end)
+
+    def _described(self, name: bytes, number: int) -> tuple[bytes, EntryKind, int]:
+        """Return an entry. Where the log was not replayed, a new file's inode may not be there: that hides no other."""
+        try:
+            inode = self._inode(number)
+        except DamagedError:
+            return name, "other", 0
+        return name, inode.kind, inode.size
 
     def _short_entries(self, inode: _Inode, found: dict[bytes, int]) -> None:
         data = self._content(inode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from conversion.linux.system import DeviceName, FstabEntry, NamedBy, Volume
@@ -97,11 +98,13 @@ def parse_fstab(content: bytes) -> tuple[FstabEntry, ...]:
     """Return the entries of an fstab; lines that are none are passed over."""
     found = []
     for number, line in enumerate(content.decode("utf-8", "surrogateescape").split("\n")[:MOST_LINES], start=1):
-        fields = [_unescaped(part) for part in line.split()]
+        written = line.split()
+        fields = [_unescaped(part) for part in written]
         if len(fields) < 3 or fields[0].startswith("#"):
             continue
+        source = replace(device_name(fields[0]), text=written[0])
         options = tuple(fields[3].split(",")) if len(fields) > 3 else ("defaults",)
-        found.append(FstabEntry(number, device_name(fields[0]), fields[1], fields[2], options))
+        found.append(FstabEntry(number, source, fields[1], fields[2], options))
     return tuple(found)
 
 
