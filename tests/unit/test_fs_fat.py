@@ -437,3 +437,30 @@ def test_flipped_bytes_end_in_an_error_or_an_answer(tmp_path: Path) -> None:
             assert device.read_bytes < 64 * MIB
         assert answered
         assert failed
+
+
+def test_bits_of_the_table_that_are_not_ours_are_kept(tmp_path: Path) -> None:
+    volume = make_volume(tmp_path, MIB, "-F32", "-s1")
+    table = FatFileSystem(MemoryDevice(volume)).geometry.tables[0]
+    for cluster in range(3, 100):
+        volume[table + cluster * 4 + 3] |= 0xA0
+    filesystem = FatFileSystem(MemoryDevice(volume))
+    filesystem.create_file("/file", content_of(5000))
+    filesystem.remove_file("/file")
+    filesystem.create_file("/again", content_of(3000))
+    assert {volume[table + cluster * 4 + 3] & 0xF0 for cluster in range(3, 100)} == {0xA0}
+    assert FatFileSystem(MemoryDevice(volume)).read_file("/again") == content_of(3000)
+
+
+def test_a_long_name_that_belongs_to_another_alias_is_passed_over(small: bytearray) -> None:
+    filesystem = FatFileSystem(MemoryDevice(small))
+    filesystem.create_file("/a long name", b"x")
+    slot = filesystem.geometry.root_offset + 2 * 32  # behind the label and the long name
+    assert small[slot : slot + 8] == b"ALONGN~1"
+    small[slot : slot + 8] = b"RENAMED "
+    assert FatFileSystem(MemoryDevice(small)).list_folder("/") == (Entry("RENAMED", "file", 1),)
+
+
+def test_no_more_clusters_are_used_than_the_table_has_entries_for(small: bytearray) -> None:
+    small[22:24] = (1).to_bytes(2, "little")  # sectors of a table: 341 entries of 12 bits
+    assert FatFileSystem(MemoryDevice(small)).geometry.cluster_count == 512 * 8 // 12 - 2

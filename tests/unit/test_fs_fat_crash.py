@@ -115,6 +115,11 @@ def check(disk: bytearray, files: dict[str, bytes], subject: str, allowed: set[b
     for name, data in files.items():
         if name != subject:
             assert filesystem.read_file(name) == data, name
+    # No alias shows without its long name, and nothing that was deleted or never there.
+    for folder in {name.rpartition("/")[0] for name in (*files, subject)}:
+        known = {name.rpartition("/")[2] for name in (*files, subject) if name.rpartition("/")[0] == folder}
+        listed = {entry.name for entry in filesystem.list_folder(folder) or () if entry.kind == "file"}
+        assert {name for name in listed - known if not name.startswith("FSCK")} == set()  # fsck.vfat's finds apart
     found = filesystem.read_file(subject)
     assert found in allowed
     return found
