@@ -37,9 +37,9 @@ def _entry(text: str, path: str, volume: Volume, variables: Mapping[str, str]) -
         key, *value = line.strip().split(None, 1)[:2] or [""]
         if key and not key.startswith("#"):
             fields.setdefault(key, []).append(value[0].strip() if value else "")
-    kernels = fields.get("linux") or fields.get("efi") or fields.get("uki")
-    if not kernels:
-        return None
+    kernels = fields.get("linux") or fields.get("uki")
+    if not kernels or not kernels[0]:
+        return None  # a program for UEFI, a shell say
     command_line = expanded(" ".join(fields.get("options", [])), dict(variables)).strip()
     initrds = [part for value in fields.get("initrd", []) for part in expanded(value, dict(variables)).split()]
     return BootEntry(

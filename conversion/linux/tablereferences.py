@@ -140,13 +140,19 @@ def root_findings(entries: Sequence[BootEntry], root: Volume | None) -> list[Fin
             found[by] = Finding(
                 f"root-{by}", Severity.NOTE if known else Severity.REFUSAL, subject, message, evidence, remedy
             )
-        elif by == "auto" and by not in found:
+        elif by == "auto" and by not in found and _is_kernel(entry):
             message = "The kernel is not told its root: it is found by the types of the GPT, which an MBR has not."
             found[by] = Finding("root-auto", Severity.REFUSAL, subject, message, evidence or "no root=", _NAME_BY_UUID)
         elif by == "device" and by not in found:
             message = "The kernel is told its root by the name of a device, which other hardware may name differently."
             found[by] = Finding("root-device", Severity.WARNING, subject, message, evidence, _NAME_BY_UUID)
     return list(found.values())
+
+
+def _is_kernel(entry: BootEntry) -> bool:
+    """Return whether an entry starts a Linux: GRUB's command for that starts memory tests too."""
+    name = entry.kernel.rpartition("/")[2].lower()
+    return entry.source != "grub" or bool(entry.initrds) or name.startswith(("vmlinu", "linux", "kernel", "bzimage"))
 
 
 _NAME_BY_UUID: Final = "Put root=UUID=… on the guest's kernel command line."

@@ -15,6 +15,7 @@ from conversion.linux import LinuxSystem, Partition, inspect_linux
 from conversion.linux.commandline import arguments, device_name, parse_fstab, root_of, subvolume_of
 from conversion.linux.osrelease import parse_os_release
 from tests.support.linux_filesystems import DamagedDevice, FileDevice, run
+from tests.unit.test_volumes import FIRST, METADATA, SECOND, physical, segment, volume
 
 ESP = UUID("c12a7328-f81f-11d2-ba4b-00a0c93ec93b")
 LINUX = UUID("0fc63daf-8483-4772-8e79-3d69d8477de4")
@@ -303,6 +304,59 @@ def test_a_damaged_guest_is_findings_and_no_error(ext4: Callable[..., FileDevice
             at: chance.randrange(256) for at in range(1024 + chance.randrange(200), 1026 + chance.randrange(200))
         }
         inspect_linux([Partition(2, DamagedDevice(root, changed), LINUX, ROOT_PART, "root")])
+
+
+def test_a_memory_test_and_a_shell_are_no_kernels(
+    ext4: Callable[..., FileDevice], esp: Callable[[Files], FileDevice]
+) -> None:
+    files = root_files()
+    config = files["boot/grub/grub.cfg"]
+    assert isinstance(config, str)
+    files["boot/grub/grub.cfg"] = config + "menuentry 'Memory test' {\n  linux /boot/memtest86+x64.bin\n}\n"
+    shell: Files = {"loader/entries/shell.conf": "title Shell\nefi /shellx64.efi\n"}
+    system = inspect(ext4(files), esp(shell))
+    assert len(system.entries) == 2
+    assert system.entries_folders == ()
+    assert rules(system) == {}
+
+
+def test_a_root_on_lvm_with_a_boot_partition(ext4: Callable[..., FileDevice]) -> None:
+    fstab = f"PARTUUID={BOOT_PART} /boot ext4 defaults 0 1\n/dev/mapper/vg--0-root / ext4 defaults 0 1\n"
+    root = ext4({"etc/os-release": RELEASE, "etc/fstab": fstab, "bin/sh": ELF})
+    pieces = volume("root", segment(0, 3, ("pv0", 4)), segment(3, 5, ("pv0", 7)))
+    text = METADATA.format(sequence=1, first=FIRST, second=SECOND, volumes=pieces)
+    extents = bytes(4 << 20) + root.read_at(0, 8 << 20)
+    group = FileDevice(physical(FIRST, text, extents, size=40 << 20))
+    config = "menuentry 'x' {\n linux /vmlinuz-6.1 root=/dev/mapper/vg--0-root ro\n initrd /initrd.img-6.1\n}\n"
+    boot = ext4({"grub/grub.cfg": config, "vmlinuz-6.1": KERNEL, "initrd.img-6.1": b""}, BOOT_UUID, "boot")
+    system = inspect_linux([Partition(3, boot, LINUX, BOOT_PART, "boot"), Partition(2, group, LINUX, ROOT_PART)])
+    assert system is not None
+    assert system.root is not None
+    assert system.root.mapper_name == "vg--0-root"
+    assert system.root_argument == "root=/dev/mapper/vg--0-root"
+    assert system.grub[0].volume.uuid == BOOT_UUID
+    assert (system.grub[0].folder, system.entries[0].root.by) == ("/grub", "mapper")
+    (edit,) = system.edits
+    assert edit.new.decode().strip() == f"UUID={BOOT_UUID}"
+    assert all(device is group for device, _, _ in edit.places)
+    assert b"".join(device.read_at(at, length) for device, at, length in edit.places) == edit.old
+    assert {found.severity for found in system.findings} == {Severity.NOTE}
+
+
+def test_a_root_on_btrfs(tmp_path: Path) -> None:
+    folder = tmp_path / "tree"
+    for name, content in root_files().items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(160 << 20)
+    run("mkfs.btrfs", "-q", "-U", ROOT_UUID, "--rootdir", folder, image)
+    system = inspect(FileDevice(image))
+    assert system.root is not None
+    assert (system.root.uuid, system.root_path) == (ROOT_UUID, "")
+    assert [kernel.version for kernel in system.kernels] == ["6.1.0-10-amd64", "6.1.0-9-amd64"]
+    assert rules(system) == {}
 
 
 def test_names_of_devices() -> None:
