@@ -421,3 +421,12 @@ def test_other_sectors_or_a_full_table_stop_it(tmp_path: Path) -> None:
     trip.layout, trip.saved = convert(trip.disk, boot=1)
     trip.sfdisk("--append", script=f"{160 * MIB},{20 * MIB},8e\n")
     trip.stops("no-entry-left", "4 entries")
+
+
+def test_data_of_a_new_partition_before_the_first_one_are_not_written_over(tmp_path: Path) -> None:
+    trip = Trip(tmp_path)
+    live = [MbrEntry(one.type, one.first_lba, one.sectors) for one in trip.layout.entries]
+    trip.disk.write_at(0, encode_record([*live, MbrEntry(0x83, 1000, 500)]))
+    trip.disk.write_at(1000 * 512, b"data")
+    trip.back()
+    assert trip.disk.read_at(1000 * 512, 4) == b"data"
