@@ -210,7 +210,7 @@ class Hive:
         stored = content[start : start + length]
         if flags & _NAME_IS_LATIN[signature]:
             return stored.decode("latin-1")
-        return stored[: length // 2 * 2].decode("utf-16-le", "surrogatepass" if length % 2 == 0 else "replace")
+        return stored[: length // 2 * 2].decode("utf-16-le", "backslashreplace")
 
 
 @dataclass(frozen=True, slots=True)

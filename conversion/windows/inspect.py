@@ -162,6 +162,18 @@ class _Inspection:
                     "bitlocker", volume.title, message, "BitLocker's mark in the volume's first sector", remedy
                 )
 
+            elif volume.filesystem is not None:
+                self._check_root(volume, volume.filesystem)
+
+    def _check_root(self, volume: Volume, filesystem: FileSystem) -> None:
+        try:
+            filesystem.list_folder("/")
+        except ConversionError as error:
+            message = "The file system is damaged, and what it holds is not looked at."
+            remedy = "run chkdsk on the volume in the guest"
+            severity = Severity.REFUSAL if volume.type_guid == ESP else Severity.WARNING
+            self._add("file-system-damaged", severity, volume.title, message, str(error), remedy)
+
     def _find_windows(self, store: BootStore | None) -> Volume | None:
         """Return the volume that holds Windows; where several do, the one that the boot store starts."""
         found = [each for each in self._volumes if each.has(SYSTEM_HIVE)]
@@ -234,7 +246,7 @@ class _Inspection:
             return
         free = getattr(esp.filesystem, "free_bytes", None)
         needed = _ROOM_BEYOND_BYTES + sum(
-            size or 0 for size in (_size(windows, BOOT_MANAGER_BIOS), _size(esp, BOOT_STORE_UEFI))
+            size or 0 for size in (windows.size_of(BOOT_MANAGER_BIOS), esp.size_of(BOOT_STORE_UEFI))
         )
         if isinstance(free, int) and free < needed:
             message = "The EFI system partition has no room for the BIOS boot manager and its store."
@@ -368,9 +380,3 @@ class _Inspection:
             "hibernated", severity, windows.title, message, f"{HIBERNATION_FILE} holds an image to resume", remedy
         )
         return True
-
-
-def _size(volume: Volume, path: str) -> int | None:
-    folder, _, name = path.rpartition("/")
-    entries = (volume.filesystem.list_folder(folder) if volume.filesystem else None) or ()
-    return next((each.size for each in entries if each.kind == "file" and each.name.lower() == name.lower()), None)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from conversion.device import Slice
-from conversion.filesystems.filesystem import FileSystem
+from conversion.errors import ConversionError
+from conversion.filesystems.filesystem import Entry, FileSystem
 
 ESP: Final = uuid.UUID("c12a7328-f81f-11d2-ba4b-00a0c93ec93b")
 MSR: Final = uuid.UUID("e3c9e316-0b5c-4db8-817d-f92df00215ae")
@@ -34,9 +36,16 @@ class Volume:
         return f"partition {self.number}"
 
     def has(self, path: str) -> bool:
-        """Return whether a file of that name stands in its folder."""
-        if self.filesystem is None:
-            return False
+        """Return whether a file of that name stands in its folder; not where the folder cannot be read."""
+        return self.size_of(path) is not None
+
+    def size_of(self, path: str) -> int | None:
+        """Return a file's size in bytes; None where there is no such file or its folder cannot be read."""
         folder, _, name = path.rpartition("/")
-        entries = self.filesystem.list_folder(folder or "/") or ()
-        return any(each.kind == "file" and each.name.lower() == name.lower() for each in entries)
+        entries: tuple[Entry, ...] | None = None
+        if self.filesystem is not None:
+            with suppress(ConversionError):
+                entries = self.filesystem.list_folder(folder)
+        return next(
+            (one.size for one in entries or () if one.kind == "file" and one.name.lower() == name.lower()), None
+        )
