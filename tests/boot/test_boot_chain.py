@@ -230,6 +230,7 @@ initrd     /mid/{version}/initrd"""
         options = "root=UUID=abc rootflags=subvol=@ systemd.machine_id=6f0d"
         assert told(lines, "STUB-COMMAND ") == f"BOOT_IMAGE=(hd0,msdos1)/mid/{expected}/linux {options}"
         assert told(lines, "STUB-INITRD ") == f"initrd of {expected}"
+        assert not any(line.startswith("Nothing to start") for line in lines)
 
     def test_known_entries_where_none_is_left(self, tmp_path: Path, disk: Path) -> None:
         files: dict[str, bytes | Path] = {"/loader/loader.conf": b"timeout 0\n", "/it's/i": b"the initrd"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,8 @@ def test_starts_by_uefi_then_by_a_bios_from_ide(tmp_path: Path, case: Case) -> N
     assert before.status == 0
 
     as_generation1(disk)
+    if case.layout == "partuuid":
+        rewrite_fstab(disk)
     script = boot_script(case.guest or unified(disk, tmp_path))
     core = boot_disks.install_chain(disk, script)
     assert len(core) <= (2048 - boot_disks.CORE_LBA) * SECTOR
@@ -91,6 +94,16 @@ def as_generation1(disk: Path) -> None:
     table = json.loads(boot_disks.run("sfdisk", "--json", disk))["partitiontable"]
     partitions = [Partition(entry["start"], entry["size"], KINDS[entry["type"]]) for entry in table["partitions"]]
     boot_disks.write_mbr(disk, partitions)
+
+
+def rewrite_fstab(disk: Path) -> None:
+    """Name the root by UUID in /etc/fstab, where the script cannot: else it stays mounted read-only."""
+    old = f"PARTUUID={ROOT_PARTITION_UUID} / ".encode()
+    new = f"UUID={ROOT_UUID} / ".encode().rjust(len(old))
+    with disk.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+        at = content.find(old, linux_guests.BOOT_START_BYTES)
+        assert at > 0
+        content[at : at + len(old)] = new
 
 
 def unified(disk: Path, tmp_path: Path) -> EntriesGuest:
