@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import click
 
 from cli.output import DeclinedError, Output, escape
+from conversion.errors import ConversionError
 from replica.errors import GodwitError
 from vhdx.errors import DiskError
 
@@ -59,8 +60,8 @@ class Failure:
 
 def describe(error: BaseException) -> Failure:
     """Say what an exception means to the person who ran the command."""
-    if isinstance(error, (DiskError, GodwitError)):
-        names = ("path", "offset", "key", "retryable")
+    if isinstance(error, (DiskError, GodwitError, ConversionError)):
+        names = ("path", "offset", "key", "subject", "retryable")
         details = {name: getattr(error, name) for name in names if getattr(error, name, None) is not None}
         return Failure(type(error).__name__, str(error), error.hint, error.exit_code, details)
     if isinstance(error, click.ClickException):

@@ -35,11 +35,11 @@ COMMANDS: dict[str, LazyCommand] = {
     "gc": LazyCommand("cli.housekeeping:gc", "Delete what no recovery point needs any more."),
     "retain": LazyCommand("cli.housekeeping:retain", "Prolong the locks of what the kept points need."),
     "policy": LazyCommand("cli.policy:policy", "Print a bucket policy with the least that each role needs."),
-    "retain": LazyCommand("cli.housekeeping:retain", "Prolong the locks of what the kept points need."),
-    "policy": LazyCommand("cli.policy:policy", "Print a bucket policy with the least that each role needs."),
     "pin": LazyCommand("cli.housekeeping:pin", "Keep a recovery point whatever the retention rule says."),
     "unpin": LazyCommand("cli.housekeeping:unpin", "Leave a recovery point to the retention rule again."),
     "key": LazyCommand("cli.key:key", "Make and care for a tenant's encryption key."),
+    "convert": LazyCommand("cli.conversion:convert", "Convert an OS disk between Generation 2 and 1."),
+    "inspect": LazyCommand("cli.conversion:inspect", "Look at an OS disk: its system, and whether it converts."),
     "disk": LazyCommand("cli.disk:disk", "Inspect, check, convert and change disk images."),
 }
 

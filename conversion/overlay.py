@@ -38,6 +38,7 @@ class Overlay:
         self._below = below
         self._sector = below.sector_size
         self._written: dict[int, bytes] = {}  # sector number → its content
+        self._before: dict[int, bytes] = {}  # of the same sectors, what stands below: a plan outlives the open disk
         self._reason_of: dict[int, int] = {}  # sector number → index of the reason for its last write
         self._reasons: list[tuple[str, str, str]] = [("", "the disk", "")]  # component, what, why
         self._reason = 0
@@ -104,17 +105,15 @@ class Overlay:
     def write_at(self, offset: int, data: bytes) -> None:
         """Write ``data`` at ``offset``. Raises ConversionError beyond ``LARGEST_CHANGES_BYTES`` in all."""
         self._check(offset, len(data))
+        if not data:
+            return
+        self._remember(offset // self._sector, (offset + len(data) - 1) // self._sector + 1)
         done = 0
         while done < len(data):
             number, within = divmod(offset + done, self._sector)
             piece = data[done : done + self._sector - within]
-            if len(piece) < self._sector:
-                before = self._written.get(number)
-                if before is None:
-                    start = number * self._sector
-                    before = self._below.read_at(start, min(self._sector, self.size - start))
-                piece = before[:within] + piece + before[within + len(piece) :]
-            self._written[number] = bytes(piece)
+            before = self._written.get(number, self._before[number])
+            self._written[number] = before[:within] + piece + before[within + len(piece) :]
             self._reason_of[number] = self._reason
             done = (number + 1) * self._sector - offset
         if len(self._written) * self._sector > LARGEST_CHANGES_BYTES:
@@ -153,13 +152,23 @@ class Overlay:
                 runs.append((offset, length))
         return tuple(Change(*self._reasons[index][1:], tuple(extents[index])) for index in sorted(extents))
 
+    def _remember(self, first: int, end: int) -> None:
+        """Keep what stands below in the sectors [first, end), those that are not kept yet."""
+        if all(number in self._before for number in range(first, end)):
+            return
+        start = first * self._sector
+        content = self._below.read_at(start, min(end * self._sector, self.size) - start)
+        for number in range(first, end):
+            at = (number - first) * self._sector
+            self._before.setdefault(number, content[at : at + self._sector])
+
+    def before(self, offset: int, length: int) -> bytes:
+        """Return what stands below in whole sectors that were written to. Raises KeyError for others."""
+        numbers = range(offset // self._sector, (offset + length) // self._sector)
+        return b"".join(self._before[number] for number in numbers)
+
     def _changed(self) -> list[int]:
-        sector, size = self._sector, self.size
-        return [
-            number
-            for number in sorted(self._written)
-            if self._written[number] != self._below.read_at(number * sector, min(sector, size - number * sector))
-        ]
+        return [number for number in sorted(self._written) if self._written[number] != self._before[number]]
 
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:

@@ -65,6 +65,12 @@ class Plan:
             hint="; ".join(one.remedy for one in self.refusals if one.remedy) or None,
         )
 
+    def require_manifest(self) -> Manifest:
+        """Return the manifest of a conversion to Generation 1. Raises ValueError for the way back, which has none."""
+        if self.manifest is None:
+            raise ValueError("only a conversion to Generation 1 has a manifest of its own")
+        return self.manifest
+
     def groups(self) -> Iterator[list[tuple[int, bytes]]]:
         """Yield the writes in their order: each group is to be durable before the next begins."""
         overlay = self.require()
@@ -93,10 +99,7 @@ def components(overlay: Overlay, order: tuple[str, ...], documents: dict[str, di
         Component(
             name,
             documents.get(name, {}),
-            tuple(
-                Written(offset, overlay.below.read_at(offset, len(data)), data)
-                for offset, data in overlay.written(name)
-            ),
+            tuple(Written(offset, overlay.before(offset, len(data)), data) for offset, data in overlay.written(name)),
         )
         for name in order
     )
