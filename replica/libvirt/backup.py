@@ -135,7 +135,7 @@ class BackupJob:
             self.end_backups()
         if self._owner() is False:
             raise SourceError(
-                "another program's backup of the domain is running",
+                "another backup of the domain is running",
                 path=self._uuid,
                 hint="libvirt runs one at a time: wait until it is done; 'virsh backup-dumpxml' shows it",
             )

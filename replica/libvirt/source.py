@@ -32,10 +32,12 @@ from replica.libvirt.virsh import Virsh
 from replica.model import Consistency, DiskRecord, SourceDisk
 from replica.nbd.disk import NbdDisk
 from replica.nbd.qemu_nbd import served
+from replica.nbd.wire import NbdGoneError
 from replica.scratch import default_scratch_folder, require_room, room_watched
 from replica.source import Instant, OpenSource, Wanted
 from replica.tracking import SCAN, Found
 from vhdx.disk import Disk
+from vhdx.errors import DiskError
 from vhdx.raw import RawDisk
 
 KIND: Final = "libvirt"
@@ -192,7 +194,14 @@ def _about(domain: Domain, disk: DomainDisk, begun: Begun, state: Quiesced) -> d
 
 def _connected(job: BackupJob, source: SourceDisk, one: JobDisk, timeout_seconds: float) -> NbdDisk:
     image_format = _FORMATS.get(one.disk.format, one.disk.format)
-    disk = NbdDisk(job.address, one.export, name=source.path, format=image_format, timeout_seconds=timeout_seconds)
+    try:
+        disk = NbdDisk(job.address, one.export, name=source.path, format=image_format, timeout_seconds=timeout_seconds)
+    except NbdGoneError as error:
+        raise SourceError(
+            f"the disk that libvirt serves cannot be read: {error.message}",
+            path=source.path,
+            hint="run godwit as root, or as the user that QEMU runs as: the socket is that user's",
+        ) from error
     disk.sector_size = one.disk.sector_size
     if not 0 < disk.size <= LARGEST_DISK_BYTES:
         disk.close()
@@ -222,13 +231,23 @@ def _off(virsh: Virsh, domain: Domain, disks: Sequence[DomainDisk], wanted: Want
                 raise SourceError(f"a disk of {file.size} bytes cannot be protected", path=source.path)
             about = {"kind": KIND, "domain": domain.uuid, "disk": disk.target, "file": disk.place}
             opened.append(OpenSource(source, file, Found(SCAN, "the domain is off: its files are compared"), about))
-        yield Instant(tuple(opened), Consistency.OFFLINE)
-        if [_marks(one) for one in disks] != marks or read_domain(virsh, domain.uuid).active:
-            raise SourceError(
-                "the domain was started, or its disks changed, while they were being read, so nothing was published",
-                path=domain.name,
-                hint="replicate it again: a running domain is read through libvirt",
-            )
+        began = SourceError(
+            "the domain was started, or its disks changed, while they were being read, so nothing was published",
+            path=domain.name,
+            hint="replicate it again: a running domain is read through libvirt",
+        )
+
+        def is_as_it_was() -> bool:
+            return [_marks(one) for one in disks] == marks and not read_domain(virsh, domain.uuid).active
+
+        try:
+            yield Instant(tuple(opened), Consistency.OFFLINE)
+        except DiskError as error:  # an image that is written to may look damaged
+            if not is_as_it_was():
+                raise began from error
+            raise
+        if not is_as_it_was():
+            raise began
 
 
 def _file_opened(disk: DomainDisk, domain: Domain) -> AbstractContextManager[Disk]:
@@ -254,7 +273,8 @@ def _raw_opened(path: Path, sector_size: int) -> Iterator[Disk]:
 
 @contextmanager
 def _image_opened(path: Path, disk: DomainDisk) -> Iterator[Disk]:
-    with served(path, format=disk.format) as image:
+    # Nobody must be kept from starting the domain: what was read is thrown away then. A device has no lock of QEMU's.
+    with served(path, format=disk.format, locked=disk.kind != "file") as image:
         image.sector_size = disk.sector_size
         image.format = _FORMATS.get(disk.format, disk.format)
         yield image

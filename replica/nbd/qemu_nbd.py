@@ -21,21 +21,26 @@ END_SECONDS: Final = 10.0
 
 
 @contextmanager
-def served(path: Path, *, format: str) -> Iterator[NbdDisk]:  # noqa: A002 - what everyone calls it
+def served(path: Path, *, format: str, locked: bool = True) -> Iterator[NbdDisk]:  # noqa: A002 - what everyone calls it
     """Open the image for reading, as a disk that lasts as long as the context. Raises ToolError, NbdError.
 
     QEMU follows the image's backing files wherever they lie: whoever calls this has looked at them.
+    Without ``locked`` another QEMU may open the image for writing meanwhile, and who calls this notices that.
     """
     program = shutil.which(PROGRAM)
     if program is None:
         raise ToolError(f"{PROGRAM} is needed to read {format}, and is not installed", hint="install qemu-utils")
     with tempfile.TemporaryDirectory(prefix="godwit-nbd-") as folder, tempfile.TemporaryFile() as log:
         socket = Path(folder) / "s"
-        command = [program, "--read-only", "--persistent", "--shared=8", f"--format={format}", f"--socket={socket}"]
+        command = [program, "--read-only", "--persistent", "--shared=8", f"--socket={socket}"]
+        image = str(path.absolute())
+        if locked:
+            command += [f"--format={format}", image]
+        else:
+            name = image.replace(",", ",,")  # a comma ends an option
+            command += ["--image-opts", f"driver={format},force-share=on,file.driver=file,file.filename={name}"]
         try:
-            process = subprocess.Popen(
-                [*command, str(path.absolute())], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         except OSError as error:
             raise ToolError(f"{program} cannot be run: {error.strerror or error}") from error
         try:

@@ -460,7 +460,7 @@ def test_the_job_of_another_program_is_left_alone(lab: Lab, tmp_path: Path) -> N
     xml.write_text(f"<domainbackup mode='pull'>{server}<disks>{disks}</disks></domainbackup>")
     lab.domain.host.virsh("backup-begin", lab.domain.name, str(xml))
     lab.domain.host.virsh("checkpoint-list", lab.domain.name)
-    with pytest.raises(SourceError, match="another program's backup"):
+    with pytest.raises(SourceError, match="another backup of the domain"):
         lab.cycle()
     assert "foreign.sock" in str(lab.domain.job())
     lab.domain.host.virsh("domjobabort", lab.domain.name)
@@ -497,10 +497,10 @@ def test_a_domain_that_is_off_is_read_from_its_files(make_domain: Callable[..., 
     lab.assert_restores()
 
 
-def test_a_domain_that_is_started_while_its_files_are_read_gives_no_point(
+def test_a_domain_may_be_started_while_its_files_are_read_and_gives_no_point_then(
     make_domain: Callable[..., RunningDomain], tmp_path: Path
 ) -> None:
-    lab = Lab(make_domain(("raw",)), tmp_path)
+    lab = Lab(make_domain(("raw", "qcow2")), tmp_path)
     lab.domain.stop()
     lab.replicate()
 
