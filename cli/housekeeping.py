@@ -39,7 +39,7 @@ def prune(output: Output, name: str, keep: str | None, dry_run: bool, yes: bool,
     rule = None if keep is None else retention.parse(keep)
     store = session.store()
     found = session.vm(store, name)
-    done = pruning.plan(store, found, rule=rule)
+    done = pruning.plan(store, session.host, found, rule=rule)
     if done.removed and not dry_run:
         output.confirm(f"Remove {_count(len(done.removed), 'recovery point')} of {name} for good?", yes=yes)
         done = pruning.prune(store, session.host, found, rule=rule)

@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
 from replica import history, record
@@ -65,6 +65,11 @@ def numbers(store: Store, keys: VmKeys) -> frozenset[int]:
     return frozenset(one.point for one in holds(store, keys))
 
 
+def in_force(store: Store, keys: VmKeys, now: datetime) -> frozenset[int]:
+    """Return the numbers of the points that are held once ``sweep`` has been there."""
+    return frozenset(one.point for one in holds(store, keys) if not _is_over(store, keys, one, now))
+
+
 def holds(store: Store, keys: VmKeys) -> Iterator[Hold]:
     """Yield all holds on a VM's points. Their keys say it all: one whose content is damaged still holds."""
     for info in store.list(keys.holds):
@@ -76,11 +81,11 @@ def holds(store: Store, keys: VmKeys) -> Iterator[Hold]:
 def sweep(store: Store, host: Host, keys: VmKeys) -> None:
     """Delete the holds of VMs that have a point of their own by now, or that were never made."""
     for one in list(holds(store, keys)):
-        if _is_over(store, host, keys, one):
+        if _is_over(store, keys, one, host.clock.now()):
             release(store, keys, one.point, one.holder)
 
 
-def _is_over(store: Store, host: Host, keys: VmKeys, one: Hold) -> bool:
+def _is_over(store: Store, keys: VmKeys, one: Hold, now: datetime) -> bool:
     try:
         return history.newest(store, one.holder) is not None
     except FormatVersionError:
@@ -89,13 +94,13 @@ def _is_over(store: Store, host: Host, keys: VmKeys, one: Hold) -> bool:
         try:
             store.head(one.holder.lease)
         except ObjectMissingError:
-            return _is_abandoned(store, host, keys.hold(one.point, one.holder.vm_id))
+            return _is_abandoned(store, keys.hold(one.point, one.holder.vm_id), now)
         return False  # damaged: it may have a point, and it may not
 
 
-def _is_abandoned(store: Store, host: Host, key: str) -> bool:
+def _is_abandoned(store: Store, key: str, now: datetime) -> bool:
     try:
         made = record.decode(KIND, store.get(key), key=key).time("created_at")
     except (IntegrityError, ObjectMissingError):
         return False
-    return host.clock.now() - made > ABANDONED
+    return now - made > ABANDONED

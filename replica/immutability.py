@@ -5,6 +5,7 @@ What is promised, by whom it is kept, and what it costs is set out in docs/immut
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -14,7 +15,7 @@ from typing import Final
 
 from replica import catalog, history, keys, locking, prune
 from replica.catalog import ProtectedVm
-from replica.errors import ConfigurationError, ObjectMissingError
+from replica.errors import ConfigurationError, NoStoreError, ObjectMissingError
 from replica.host import Host
 from replica.keys import VmKeys
 from replica.locking import Locks, Terms
@@ -43,12 +44,15 @@ class Prolongation:
 
 
 def prepare(store: Store, period: timedelta) -> Terms:
-    """Return the terms of a store that is to be made, having tried out that its locks hold.
+    """Return the terms of a store that is to be made, having tried out that its locks hold; one may be there already.
 
     Raises ConfigurationError where the store has no locks, StoreRefusedError where they do not hold, UsageError.
     """
     terms = Terms(period)
-    Locks(store).check()
+    locks = Locks(store)
+    with contextlib.suppress(NoStoreError):
+        require_terms(catalog.read_store(store).terms, terms)
+    locks.check()
     return terms
 
 
@@ -86,7 +90,7 @@ def prolong(
     chosen = workers or Workers()
     now = host.clock.now()
     versions = _Versions(locks)
-    needed = {key: versions.of(key) for key in _needed(store, found, rule, chosen)}
+    needed = {key: versions.of(key) for key in _needed(store, host, found, rule, chosen)}
 
     def see_to(key: str) -> tuple[datetime, bool]:
         version = needed[key]
@@ -129,7 +133,7 @@ class _Versions:
         return self._folders[folder].get(key)
 
 
-def _needed(store: Store, found: ProtectedVm, rule: Rule | None, workers: Workers) -> Iterator[str]:
+def _needed(store: Store, host: Host, found: ProtectedVm, rule: Rule | None, workers: Workers) -> Iterator[str]:
     """Yield the keys of all that the kept points need, and of what leads to them, each once."""
     tenant = found.keys.tenant
     yield keys.STORE
@@ -139,7 +143,7 @@ def _needed(store: Store, found: ProtectedVm, rule: Rule | None, workers: Worker
     yield found.keys.vm
     yield found.keys.settings(catalog.settings_in_force(store, found).version)
     parts: dict[MapPartRef, None] = {}
-    for one in prune.plan(store, found, rule=rule).kept:
+    for one in prune.plan(store, host, found, rule=rule).kept:
         try:
             point = history.read(store, found.keys, one.point)
         except ObjectMissingError:  # pruned since

@@ -49,13 +49,13 @@ class Pruning:
     locked: tuple[int, ...] = ()  # those of the kept points that stay only because their manifests are still locked
 
 
-def plan(store: Store, found: ProtectedVm, *, rule: Rule | None = None) -> Pruning:
+def plan(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = None) -> Pruning:
     """Return what pruning would do now, changing nothing. ``rule`` stands in for the one of the VM's settings."""
     chosen = rule or retention.parse(catalog.settings_in_force(store, found).retention or retention.DEFAULT_TEXT)
     state, _ = lease.read(store, found.keys)
     number = history.newest_number(store, found.keys, state.point)
     newest = history.point_at_or_before(store, found.keys, number, damaged_too=False)
-    return _plan(store, found.keys, chosen, newest)
+    return _plan(store, host, found.keys, chosen, newest)
 
 
 def prune(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = None) -> Pruning:
@@ -72,7 +72,7 @@ def prune(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = N
         settings = catalog.read_settings(store, found.keys, held.settings_version)
         holds.sweep(store, host, found.keys)
         chosen = rule or retention.parse(settings.retention or retention.DEFAULT_TEXT)
-        planned = _plan(store, found.keys, chosen, newest)
+        planned = _plan(store, host, found.keys, chosen, newest)
         locked: set[int] = set()
         removed = frozenset(_remove_all(store, found.keys, held, planned.removed, locked))
     # A point that was pinned since the plan was made has stayed, and so has one that is locked.
@@ -86,7 +86,7 @@ def prune(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = N
     )
 
 
-def _plan(store: Store, keys: VmKeys, rule: Rule, newest: Point | None) -> Pruning:
+def _plan(store: Store, host: Host, keys: VmKeys, rule: Rule, newest: Point | None) -> Pruning:
     # A store whose listing lags may not show the newest point yet: it is known, and counts.
     times = {} if newest is None else {newest.point: newest.created_at}
     unreadable = []
@@ -95,7 +95,7 @@ def _plan(store: Store, keys: VmKeys, rule: Rule, newest: Point | None) -> Pruni
             times[one.point] = one.created_at
         else:
             unreadable.append(Unreadable(one.key, str(one)))
-    pinned = _kept_whatever_the_rule_says(store, keys)
+    pinned = pins.numbers(store, keys) | holds.in_force(store, keys, host.clock.now())
     kept = retention.keep(rule, times, pinned)
     ordered = [PointTime(number, times[number]) for number in sorted(times)]
     return Pruning(
@@ -105,10 +105,6 @@ def _plan(store: Store, keys: VmKeys, rule: Rule, newest: Point | None) -> Pruni
         pinned=tuple(sorted(pinned & kept)),
         unreadable=tuple(unreadable),
     )
-
-
-def _kept_whatever_the_rule_says(store: Store, keys: VmKeys) -> frozenset[int]:
-    return pins.numbers(store, keys) | holds.numbers(store, keys)
 
 
 def _remove_all(
@@ -121,7 +117,7 @@ def _remove_all(
 
 def _remove(store: Store, keys: VmKeys, held: Lease, batch: tuple[PointTime, ...], locked: set[int]) -> list[PointTime]:
     """Delete the manifests of those that are not pinned by now; return which they were, and note what is ``locked``."""
-    pinned = _kept_whatever_the_rule_says(store, keys)
+    pinned = pins.numbers(store, keys) | holds.numbers(store, keys)
     held.check()
     removed: dict[PointTime, bytes] = {}
     for one in batch:

@@ -40,7 +40,7 @@ def test_old_points_are_removed_over_every_store(store: Store, tmp_path: Path, m
         lab.replicate()
     keys, rule = lab.found.keys, retention.parse("last:1")
     pins.pin(store, lab.host, lab.found, 2, "größer ☃")
-    assert [one.point for one in prune.plan(store, lab.found, rule=rule).removed] == [1, 3, 4, 5]
+    assert [one.point for one in prune.plan(store, lab.host, lab.found, rule=rule).removed] == [1, 3, 4, 5]
     prune.prune(store, lab.host, lab.found, rule=rule)
     assert [one.point for one in history.points(store, keys) if isinstance(one, Point)] == [2, 6]
 

@@ -16,6 +16,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
+from cli.main import run
 from replica import (
     catalog,
     cycle,
@@ -33,6 +34,7 @@ from replica.host import Host, SystemClock
 from replica.locking import Locks, Terms
 from replica.policy import Role
 from replica.stores.address import bucket_of, open_store
+from replica.stores.probe import probe_store
 from replica.stores.store import Store
 from tests.support import servers
 from tests.support.engine import BLOCK, WORKERS, Lab, SeededRandomness, make_host, random_blocks, restore_disk
@@ -40,6 +42,7 @@ from tests.support.servers import S3Server
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("seaweedfs")]
 
+_BY_PATH = Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1})
 ROLES = ("agent", "retention", "recovery")
 BLOCKS = 8
 
@@ -81,6 +84,7 @@ class Site:
             [(Role(name), name) for name in ROLES], *bucket_of(store.url), format_="seaweedfs", terms=terms
         )
         self.admin.put_bucket_policy(Bucket=self.bucket, Policy=json.dumps(made))
+        folder.mkdir(exist_ok=True)
         disk = folder / "disk.img"
         disk.write_bytes(random_blocks(1, BLOCKS))
         agent = self.store("agent")
@@ -94,7 +98,7 @@ class Site:
             region_name="us-east-1",
             aws_access_key_id=access_key,
             aws_secret_access_key=secret_key,
-            config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}),
+            config=_BY_PATH,
         )
 
     def client(self, role: str) -> Any:
@@ -225,25 +229,32 @@ def test_nothing_that_agents_can_do_to_locked_points_keeps_them_from_being_resto
 
 
 def test_housekeeping_waits_for_the_end_of_locks(server: S3Server, tmp_path: Path) -> None:
-    site = Site(server, tmp_path, period=timedelta(seconds=8))
+    rule = retention.parse("last:1")
+    site = Site(server, tmp_path / "long", period=timedelta(hours=1))
     for turn in range(3):
         site.change(turn)
         site.lab.replicate()
-    store = site.store("retention")
-    rule = retention.parse("last:1")
-    done = prune.prune(store, site.host, site.found, rule=rule)
+    done = prune.prune(site.store("retention"), site.host, site.found, rule=rule)
     assert (done.removed, done.locked) == ((), (1, 2))
-    site.assert_points_restore(store, [1, 2, 3])
-    ends = max(_end(store, site.found.keys.manifest(number)) for number in (1, 2))
-    _sleep_until(ends)
+    site.assert_points_restore(site.store("recovery"), [1, 2, 3])
+
+    period = timedelta(seconds=2)
+    site = Site(server, tmp_path / "short", period=period)
+    for turn in range(3):
+        site.change(turn)
+        site.lab.replicate()
+    time.sleep((period * 3 / 2).total_seconds() + 1)
+    store = site.store("retention")
     assert [one.point for one in prune.prune(store, site.host, site.found, rule=rule).removed] == [1, 2]
     for _ in range(2):
         references = garbage.survey(store, "default", workers=WORKERS)
         collected = garbage.collect(store, site.host, site.found, references, grace=timedelta(0), workers=WORKERS)
-    assert collected.deleted.objects + collected.locked.objects > 0
+    assert collected.deleted.objects > 0
+    assert collected.locked.objects == 0
     versions = site.admin.list_object_versions(Bucket=site.bucket, Prefix=f"{site.prefix}/")
-    assert not [one for one in versions.get("DeleteMarkers", []) if not one["Key"].endswith("lease.json")]
+    assert versions.get("DeleteMarkers", []) == []
     assert not [one for one in versions["Versions"] if one["Key"].endswith(f"manifests/{1:020}.json")]
+    site.assert_points_restore(site.store("recovery"), [3])
 
 
 def test_locks_are_prolonged_once_they_are_due(server: S3Server, tmp_path: Path) -> None:
@@ -275,7 +286,7 @@ def test_locks_are_prolonged_once_they_are_due(server: S3Server, tmp_path: Path)
 
 def test_a_store_is_asked_whether_its_locks_hold(server: S3Server, tmp_path: Path) -> None:
     site = Site(server, tmp_path, period=timedelta(hours=1))
-    assert immutability.prepare(site.store(), timedelta(days=30)) == Terms(timedelta(days=30))
+    assert immutability.prepare(site.store(), timedelta(hours=1)) == Terms(timedelta(hours=1))
     unlocked = open_store(f"s3://{server.bucket}/x?endpoint={server.endpoint}")
     with pytest.raises(ConfigurationError, match="no Object Lock"):
         immutability.prepare(unlocked, timedelta(days=30))
@@ -296,5 +307,54 @@ def _end(store: Store, key: str) -> datetime:
     return end
 
 
-def _sleep_until(moment: datetime) -> None:
-    time.sleep(max(0.0, (moment - datetime.now(UTC)).total_seconds()) + 1)
+def test_from_the_command_line(
+    server: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A locked store is made, its policy printed and put in force, VMs replicated by an agent, their locks seen to."""
+    Site(server, tmp_path, period=timedelta(hours=1))  # makes the bucket
+    admin = boto3.client("s3", endpoint_url=server.endpoint, region_name="us-east-1", config=_BY_PATH)
+    monkeypatch.setattr("cli.stores.probe_store", partial(probe_store, racers=2, rounds=1))  # races take seconds there
+    prefix = secrets.token_hex(6)
+    where = f"s3://locked-bucket/{prefix}?endpoint={server.endpoint}"
+    disk = tmp_path / "os.img"
+    disk.write_bytes(random_blocks(1, 4))
+
+    def godwit(*arguments: str, role: str | None = None, code: int = 0) -> dict[str, Any]:
+        capsys.readouterr()
+        url = where if role is None else f"{where}&profile={role}"
+        assert run([*arguments, "--store", url, "--json"]) == code, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out or "null")  # type: ignore[no-any-return]
+
+    assert godwit("init", "--immutable-for", "2h")["immutable_seconds"] == 7200
+    godwit("init", "--immutable-for", "1h", code=13)
+    users = [one for role in ROLES for one in ("--role", role, "--user", role)]
+    made = godwit("policy", *users, "--format", "seaweedfs")
+    admin.put_bucket_policy(Bucket="locked-bucket", Policy=json.dumps(made))
+    godwit("protect", "web", "--disk", str(disk), role="agent")
+    clone = tmp_path / "clone.img"
+    clone.write_bytes(random_blocks(1, 4))
+    godwit("replicate", "web", role="agent")
+    godwit("protect", "clone", "--disk", str(clone), "--seed-from", "web@1", role="agent")
+    assert godwit("replicate", "clone", role="agent")["reused_blocks"] == 4
+    for name in ("web", "clone"):
+        done = godwit("retain", name, role="retention")
+        assert (done["prolonged"], done["missing"]) == (0, [])
+    assert len(godwit("retain", "--all", role="retention")["prolongations"]) == 2
+    # The agent could not let go of the point that the clone was seeded from; pruning does.
+    held = [one["Key"] for one in admin.list_objects_v2(Bucket="locked-bucket")["Contents"] if "/holds/" in one["Key"]]
+    assert len([key for key in held if key.startswith(prefix)]) == 1
+    disk.write_bytes(random_blocks(9, 4))
+    godwit("replicate", "web", role="agent")
+    assert godwit("prune", "web", "--keep", "last:1", "--yes", role="retention")["locked"] == [1]
+    assert godwit("prune", "web", "--keep", "last:1", "--yes", role="agent")["removed"] == []
+    target = tmp_path / "restored"
+    target.mkdir()
+    godwit("restore", "clone", "--to", str(target), "--format", "raw", role="recovery")
+    assert [path.read_bytes() for path in target.iterdir()] == [random_blocks(1, 4)]
+
+
+def test_a_folder_cannot_be_locked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tmp_path / "store")
+    assert run(["init", folder, "--immutable-for", "30d"]) == 13
+    assert "no Object Lock" in capsys.readouterr().err
+    assert run(["policy", "--role", "agent", "--user", "arn:aws:iam::1:user/x", "--store", folder]) == 13

@@ -144,7 +144,7 @@ def test_whatever_a_point_needs_is_locked_for_the_whole_period_if_locks_are_prol
 
 def _needs(site: Locked, number: int) -> set[str]:
     found = site.lab.found
-    needed = set(immutability._needed(site.store, found, retention.parse("last:1"), WORKERS))
+    needed = set(immutability._needed(site.store, site.host, found, retention.parse("last:1"), WORKERS))
     assert found.keys.manifest(number) in needed
     assert {keys.STORE, found.keys.vm, keys.name("default", found.vm.name)} <= needed
     assert any("/segments/" in key for key in needed)

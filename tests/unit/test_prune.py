@@ -56,7 +56,7 @@ def test_a_plan_says_the_same_and_changes_nothing(tmp_path: Path) -> None:
     lab = make_points(tmp_path)
     pins.pin(lab.store, lab.host, lab.found, 2)
     recording = RecordingStore(lab.store)
-    planned = prune.plan(recording, lab.found, rule=LAST)
+    planned = prune.plan(recording, lab.host, lab.found, rule=LAST)
     assert recording.writes == ()
     assert (numbers(planned.removed), numbers(planned.kept), planned.pinned) == ([1, 3], [2, 4, 5], (2,))
     assert prune.prune(lab.store, lab.host, lab.found, rule=LAST) == planned
@@ -126,7 +126,7 @@ def test_the_newest_point_that_can_be_read_stays_where_a_newer_one_cannot(tmp_pa
     key = lab.found.keys.manifest(5)
     lab.store.delete(key)
     lab.store.create(key, b"{}")
-    assert numbers(prune.plan(lab.store, lab.found, rule=retention.parse("last:1")).kept) == [4]
+    assert numbers(prune.plan(lab.store, lab.host, lab.found, rule=retention.parse("last:1")).kept) == [4]
     assert numbers(prune.prune(lab.store, lab.host, lab.found, rule=retention.parse("last:1")).kept) == [4]
     lab.assert_restores(4)
 
