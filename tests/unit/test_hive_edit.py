@@ -141,6 +141,18 @@ def test_free_room_at_the_end_of_the_file_becomes_a_bin_and_beyond_it_nothing_is
     assert caught.value.hint
 
 
+def test_room_that_was_given_back_is_found_again() -> None:
+    content = build_hive(tree({"Key": {"first": (3, b"a" * 1500), "second": (3, b"b" * 1500)}}))
+    editor = HiveEditor(content)
+    key = key_of(editor, "Key")
+    with pytest.raises(NoSpaceError):
+        editor._allocate(2000)  # it knows now how little room there is
+    assert editor.delete_value(key, "first")
+    assert editor.delete_value(key, "second")
+    check_cells(editor.finish())
+    assert editor.hive.room(editor._allocate(2000)) >= 2000
+
+
 def test_a_hive_without_edits_comes_back_as_it_was_and_edits_number_it_above_its_logs() -> None:
     assert HiveEditor(ORIGINAL).finish(above_sequence=99) == ORIGINAL
     editor = HiveEditor(ORIGINAL)

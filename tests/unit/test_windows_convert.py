@@ -140,6 +140,7 @@ def test_the_converted_disk_has_what_a_bios_needs_and_verifies(guest: Guest) -> 
     assert loader.text("12000002") == r"\Windows\system32\winload.exe"
     hive = Hive(guest.read(guest.windows, SYSTEM))
     assert not hive.base_block.is_dirty
+    assert hive.base_block.primary_sequence == 2131  # above every entry of its logs
     assert all(state.starts_at_boot for state in driver_states(hive))
     assert verify_windows(guest.esp, guest.windows, guest.disk.identity()) == ()
     assert guest.inspect().is_convertible  # the other start still stands
