@@ -4,7 +4,7 @@
 set -eu
 
 python="python3 python3-venv"
-machines="qemu-utils qemu-system-x86 ovmf mmdebstrap uidmap fdisk gdisk dosfstools mtools e2fsprogs grub-efi-amd64-bin grub-pc-bin grub-common libhivex0 libhivex-bin ntfs-3g xfsprogs btrfs-progs nasm libnbd-bin libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients"
+machines="qemu-utils qemu-system-x86 ovmf mmdebstrap uidmap fdisk gdisk dosfstools mtools e2fsprogs grub-efi-amd64-bin grub-pc-bin grub-common libhivex-bin libwin-hivex-perl ntfs-3g xfsprogs btrfs-progs nasm libnbd-bin libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients"
 
 wanted=""
 for set in "$@"; do
