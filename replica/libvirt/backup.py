@@ -131,9 +131,11 @@ class BackupJob:
 
         Only a job whose socket carries our name is ours.
         """
-        if self._owner() is not None:
+        owner = self._owner()
+        if owner:
             self.end_backups()
-        if self._owner() is False:
+            owner = self._owner()
+        if owner is False:
             raise SourceError(
                 "another backup of the domain is running",
                 path=self._uuid,
