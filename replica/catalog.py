@@ -20,11 +20,12 @@ from replica.errors import (
     StoreRefusedError,
     UsageError,
 )
+from replica.failover import codec
 from replica.host import Host
 from replica.keys import VmKeys
-from replica.lease import LeaseRecord
+from replica.lease import Lease, LeaseRecord
 from replica.locking import Terms
-from replica.model import Machine, Point, SeedRef, Settings, SourceDisk, Vm
+from replica.model import Change, Identity, Machine, Point, SeedRef, Settings, SourceDisk, Vm
 from replica.stores.store import Store
 from replica.vault import Vault
 
@@ -148,10 +149,8 @@ def update_settings(
             )
         history.begin(store, found.keys, host, held)  # a lease that was taken from somebody needs its fence
         before = read_settings(store, found.keys, held.settings_version)
-        # A version above the one in force may be there from an attempt that was cut off: it is stepped over.
         after = replace(
             before,
-            version=before.version + 1,
             machine=machine or before.machine,
             sources=before.sources if sources is None else sources,
             next_disk_number=max([before.next_disk_number, *(one.number + 1 for one in sources or ())]),
@@ -159,14 +158,36 @@ def update_settings(
             compression_level=before.compression_level if compression_level is None else compression_level,
             retention=retention or before.retention,
         )
-        while True:
-            try:
-                store.create(found.keys.settings(after.version), encode_settings(after))
-                break
-            except ObjectExistsError:
-                after = replace(after, version=after.version + 1)
-        held.change_settings(after.version)
-    return after
+        return enact(store, host, found, held, before, after, command="protect --update")
+
+
+def enact(
+    store: Store,
+    host: Host,
+    found: ProtectedVm,
+    held: Lease,
+    before: Settings,
+    after: Settings,
+    *,
+    command: str,
+    identities: tuple[Identity, ...] = (),
+) -> Settings:
+    """Make ``after`` the next version of the settings after ``before``, put it in force at once, and return it.
+
+    ``held`` is the VM's lease, whose older writers are fenced off; ``command`` and ``identities`` go into the ledger.
+    Raises LeaseLostError.
+    """
+    change = Change(command, host.clock.now(), host.host_id, host.host_name, identities)
+    # A version above the one in force may be there from an attempt that was cut off: it is stepped over.
+    made = replace(after, version=before.version + 1, previous=before.version, change=change)
+    while True:
+        try:
+            store.create(found.keys.settings(made.version), encode_settings(made))
+            break
+        except ObjectExistsError:
+            made = replace(made, version=made.version + 1)
+    held.change_settings(made.version)
+    return made
 
 
 def find(store: Store, tenant: str, name: str) -> ProtectedVm:
@@ -204,22 +225,20 @@ def read_settings(store: Store, vm_keys: VmKeys, version: int) -> Settings:
         raise IntegrityError("the VM's protection settings are missing from the store", key=key) from error
     if body.integer("version", least=1) != version:
         raise IntegrityError("the settings are another version than their key says: objects were mixed up", key=key)
-    sources = tuple(
-        SourceDisk(one.integer("number", most=LARGEST_DISK_NUMBER), one.text("name"), one.text("path"), one.text("bus"))
-        for one in body.list_of_fields("sources")
-    )
-    if len({one.number for one in sources}) != len(sources):
-        raise IntegrityError("the settings name a disk number twice", key=key)
+    state, change, previous = codec.decode(body)
     return Settings(
         version=version,
         machine=manifest.decode_machine(body.fields("machine")),
-        sources=sources,
+        sources=codec.decode_sources(body),
         next_disk_number=body.integer("next_disk_number", most=LARGEST_DISK_NUMBER + 1),
         interval_seconds=body.integer("interval_seconds", least=1),
         compression_level=body.integer("compression_level", least=-100, most=22),
         # Not parsed here: a term that only a later version knows must not keep this one from replicating.
         retention=body.optional_text("retention"),
         seed=_read_seed(body),
+        state=state,
+        change=change,
+        previous=previous,
     )
 
 
@@ -238,14 +257,13 @@ def encode_settings(settings: Settings) -> bytes:
         {
             "version": settings.version,
             "machine": manifest.encode_machine(settings.machine),
-            "sources": [
-                {"number": one.number, "name": one.name, "path": one.path, "bus": one.bus} for one in settings.sources
-            ],
+            "sources": codec.encode_sources(settings.sources),
             "next_disk_number": settings.next_disk_number,
             "interval_seconds": settings.interval_seconds,
             "compression_level": settings.compression_level,
             **({} if settings.retention is None else {"retention": settings.retention}),
             **({} if seed is None else {"seed": {"vm_id": seed.vm_id, "point": seed.point}}),
+            **codec.encode(settings),
         },
     )
 

@@ -25,6 +25,7 @@ LASTING = (
     "tenants/*/vms/*/manifests/*.json",
     "tenants/*/vms/*/maps/*",
     "tenants/*/vms/*/segments/*",
+    "tenants/*/vms/*/conversions/*",
 )
 # What agents write of that; making a store and its keys is left to whoever has all rights.
 ADDED_BY_AGENTS = LASTING[2:]
@@ -178,6 +179,10 @@ class VmKeys:
     def segments(self) -> str:
         """The prefix of all segments."""
         return f"{self.prefix}segments/"
+
+    def conversion(self, point: int, disk: int) -> str:
+        """What a disk of a point was converted to another generation by."""
+        return f"{self.prefix}conversions/{point:020}-{disk:05}"
 
     def segments_after(self, point: int) -> str:
         """A key that sorts after every segment of ``point`` and of those before it, and before all later ones."""

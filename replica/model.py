@@ -61,9 +61,115 @@ class SeedRef:
     point: int
 
 
+class Standing(StrEnum):
+    """Where a VM stands between its source and a recovery machine (docs/failover.md)."""
+
+    PROTECTED = "protected"
+    FAILING_OVER = "failing-over"
+    FAILED_OVER = "failed-over"
+    COMMITTED = "committed"
+    REPROTECTED = "reprotected"
+    FAILING_BACK = "failing-back"
+
+
+class FailoverKind(StrEnum):
+    """What a recovery machine was started for."""
+
+    TEST = "test"
+    PLANNED = "planned"
+    UNPLANNED = "unplanned"
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionRef:
+    """The manifest of the conversion of a disk, as it was in a point, to another generation."""
+
+    point: int
+    disk: int
+
+
+@dataclass(frozen=True, slots=True)
+class MachineDisk:
+    """A disk of a recovery machine; ``address`` as ``godwit protect --disk`` takes it."""
+
+    number: int
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """By what a machine is known to others than us; what is not known is empty."""
+
+    platform: str
+    hypervisor_id: str = ""
+    bios_uuid: str = ""
+    macs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryMachine:
+    """A machine that a failover made, or is about to make. ``name`` is what its platform calls it."""
+
+    name: str
+    platform: str
+    kind: FailoverKind
+    point: int  # that it starts from
+    generation: Literal[1, 2]
+    isolated: bool
+    host_id: str  # of the host whose platform it is
+    host_name: str
+    begun_at: datetime
+    bitmap: str | None = None  # that records what is written to its disks since its start
+    conversions: tuple[ConversionRef, ...] = ()
+    disks: tuple[MachineDisk, ...] = ()  # known once it has been started
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """What a VM is brought home to: its machine and source disks, and the last ``point`` that was made of them."""
+
+    machine: Machine
+    sources: tuple[SourceDisk, ...]
+    point: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReverseBase:
+    """What the disks of a recovery machine are compared with: its changes since ``point`` are known.
+
+    They are what ``bitmap`` recorded on each disk, None where nothing did, and the ranges that ``conversions`` wrote.
+    """
+
+    point: int
+    bitmap: str | None
+    conversions: tuple[ConversionRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Where a VM stands, and the machines that there are of it beside its source."""
+
+    standing: Standing = Standing.PROTECTED
+    machine: RecoveryMachine | None = None  # the one that counts, or that is being started
+    beside: tuple[RecoveryMachine, ...] = ()  # those that do not count: tests, and others until they are removed
+    home: Home | None = None  # known from the intent to fail over on
+    reverse: ReverseBase | None = None  # while it is replicated from the recovery machine
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Who made a version of the settings by which command, and which identities of the VM that brought to light."""
+
+    command: str
+    at: datetime
+    host_id: str
+    host_name: str
+    identities: tuple[Identity, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a VM is protected; one immutable version of it."""
+    """How a VM is protected, and where it stands; one immutable version of it."""
 
     version: int
     machine: Machine
@@ -73,6 +179,9 @@ class Settings:
     compression_level: int = 1
     retention: str | None = None  # the rule as text; None is the default
     seed: SeedRef | None = None
+    state: State = State()
+    change: Change | None = None  # what made this version; None for the first
+    previous: int = 0  # the version that was in force before; 0 for none
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ def test_keys_are_those_of_the_format() -> None:
     assert V.manifest(12) == f"{prefix}manifests/00000000000000000012.json"
     assert V.map_part(part) == f"{prefix}maps/00000000000000000012/0000000003-000045"
     assert V.segment(part) == f"{prefix}segments/00000000000000000012/0000000003-000045"
+    assert V.conversion(12, 3) == f"{prefix}conversions/00000000000000000012-00003"
 
 
 def test_the_order_of_keys_is_the_order_of_numbers() -> None:

@@ -23,7 +23,7 @@ TERMS = Terms(timedelta(days=30))
 VM = VmKeys("acme", "ab" * 16)
 PART = PartId(3, 2, 1)
 HISTORY = (VM.manifest(7), VM.map_part(PART), VM.segment(PART))
-DESCRIPTION = (VM.vm, VM.settings(1), keys.name("acme", "web 1"))
+DESCRIPTION = (VM.vm, VM.settings(1), keys.name("acme", "web 1"), VM.conversion(7, 0))
 LASTING = (*HISTORY, *DESCRIPTION, keys.STORE, keys.tenant_key("acme", 1))
 PASSING = (VM.lease, VM.pin(7), VM.hold(7, "cd" * 16), VM.condemned_list(1))
 

@@ -1,0 +1,1 @@
+"""Failover: a VM started elsewhere, settled for, taken back, replicated from there, and brought home."""
