@@ -126,7 +126,7 @@ class AllocationTable:
     def chain(self, clusters: Iterable[int]) -> dict[int, int]:
         """Return the entries that make ``clusters`` a chain, in this order."""
         chained = list(clusters)
-        return {**dict(pairwise(chained)), **{cluster: self.end_mark for cluster in chained[-1:]}}
+        return {**dict(pairwise(chained)), **dict.fromkeys(chained[-1:], self.end_mark)}
 
     def _clean_bit(self) -> int:
         return 0x8000 if self._bits == 16 else 0x08000000
