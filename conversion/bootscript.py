@@ -28,6 +28,7 @@ from conversion.grub import MEMDISK
 
 _UUID: Final = re.compile(r"[0-9A-Fa-f]+(?:-[0-9A-Fa-f]+)*")
 _HEX_LETTER: Final = re.compile(r"[a-f]")
+LABEL: Final = re.compile(r"[A-Za-z0-9_.+-]+")
 _MOST_ENTRIES: Final = 64
 _LONGEST_TEXT: Final = 8192
 
@@ -78,16 +79,45 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Substitution:
-    """An argument ``KEY=PARTUUID=partuuid`` of the kernel becomes ``KEY=replacement``, ``UUID=…`` say."""
+    """An argument ``KEY=PARTUUID=partuuid`` of the kernel becomes ``KEY=replacement``, ``UUID=…`` say.
+
+    ``partlabel`` is a name of the same partition, where it may go by that too. Paths in /dev/disk are other ways to
+    write either.
+    """
 
     partuuid: str
     replacement: str
+    partlabel: str = ""
 
     def __post_init__(self) -> None:
         if not _UUID.fullmatch(self.partuuid):
             raise ValueError(f"no UUID of a partition: {self.partuuid!r}")
+        if self.partlabel and not LABEL.fullmatch(self.partlabel):
+            raise ValueError(f"no name of a partition that a kernel command line can hold: {self.partlabel!r}")
         if not self.replacement or re.search(r"\s", self.replacement):
             raise ValueError(f"nothing to put in the place of a PARTUUID: {self.replacement!r}")
+
+    def made_in(self, argument: str) -> str:
+        """Return an argument of the kernel with this substitution made."""
+        key, separator, value = argument.partition("=")
+        for name, prefixes, fold in (
+            (self.partuuid.lower(), ("PARTUUID=", "/dev/disk/by-partuuid/"), True),
+            (self.partlabel, ("PARTLABEL=", "/dev/disk/by-partlabel/"), False),
+        ):
+            for prefix in prefixes:
+                rest = value.removeprefix(prefix)
+                if name and value.startswith(prefix) and (rest.lower() if fold else rest) == name:
+                    return f"{key}{separator}{self.replacement}"
+        return argument
+
+    def patterns(self) -> list[str]:
+        """Return the same as regular expressions; the first group is what stays."""
+        uuid = _HEX_LETTER.sub(lambda found: f"[{found[0]}{found[0].upper()}]", self.partuuid.lower())
+        found = [f"^([^=]*=)(PARTUUID=|/dev/disk/by-partuuid/){uuid}$"]
+        if self.partlabel:
+            label = self.partlabel.replace(".", "[.]").replace("+", "[+]")
+            found.append(f"^([^=]*=)(PARTLABEL=|/dev/disk/by-partlabel/){label}$")
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,12 +344,12 @@ def _linux_function(substitutions: tuple[Substitution, ...]) -> list[str]:
     """``linux``: notes the kernel of an entry that is being read, else loads it, with the substitutions made."""
     lines = ["function godwit_argument {", '    set godwit_argument="$1"']
     for substitution in substitutions:
-        pattern = _HEX_LETTER.sub(lambda found: f"[{found[0]}{found[0].upper()}]", substitution.partuuid.lower())
-        lines += [
-            f"    if regexp --set=1:godwit_key '^(.*=)PARTUUID={pattern}$' \"$1\"; then",
-            f'        set godwit_argument="$godwit_key"{_quoted(substitution.replacement)}',
-            "    fi",
-        ]
+        for pattern in substitution.patterns():
+            lines += [
+                f"    if regexp --set=1:godwit_key '{pattern}' \"$1\"; then",
+                f'        set godwit_argument="$godwit_key"{_quoted(substitution.replacement)}',
+                "    fi",
+            ]
     return [
         *lines,
         "}",

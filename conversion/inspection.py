@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
 from uuid import UUID
 
 from conversion.device import BlockDevice, Slice
@@ -12,6 +12,7 @@ from conversion.filesystems.filesystem import FileSystem
 from conversion.filesystems.probe import open_filesystem
 from conversion.finding import Finding, Severity
 from conversion.gpt_copies import GptCopies, read_copies
+from conversion.layout_planner import plan_layout
 from conversion.linux.inspection import inspect_linux
 from conversion.linux.system import LinuxSystem, Partition
 from conversion.mbr import Mbr, read_mbr
@@ -21,6 +22,7 @@ from conversion.windows.volume import ESP
 from conversion.windows.volume import Volume as WindowsVolume
 
 NO_GUID = UUID(int=0)
+LIKELY_CORE_SECTORS: Final = 640  # a core with every module for Linux; planning builds it and knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +54,15 @@ class Inspection:
 
     @property
     def is_convertible(self) -> bool:
-        """Whether no rule refuses it."""
+        """Whether no rule refuses a conversion to Generation 1."""
         return self.system is not None and not any(one.severity is Severity.REFUSAL for one in self.findings)
 
     @property
     def esp(self) -> TablePartition | None:
-        """The EFI system partition of a disk of Generation 2."""
+        """The EFI system partition of a disk of Generation 2; of several, the one with Windows' boot store."""
+        if self.windows is not None and self.windows.esp is not None:
+            number = self.windows.esp.number
+            return next((one for one in self.partitions if one.number == number and one.type_guid == ESP), None)
         return next((one for one in self.partitions if one.type_guid == ESP), None)
 
     @property
@@ -129,7 +134,7 @@ def inspect(device: BlockDevice, *, discard_hibernation: bool = False) -> Inspec
         message = "No Windows and no Linux was found on the disk."
         remedy = "convert the disk that the system starts from; disks of data need no conversion"
         findings.append(Finding("no-system", Severity.REFUSAL, "disk", message, "its file systems", remedy))
-    return Inspection(
+    result = Inspection(
         device.size,
         device.sector_size,
         generation,
@@ -141,6 +146,33 @@ def inspect(device: BlockDevice, *, discard_hibernation: bool = False) -> Inspec
         windows,
         (*findings, *found),
     )
+    return replace(result, findings=(*result.findings, *_of_table(result)))
+
+
+def _of_table(found: Inspection) -> list[Finding]:
+    """Return what the partition table has against a conversion, as far as the file systems have not said it."""
+    if found.generation == 1:
+        message = "The disk starts from a BIOS already."
+        remedy = "to go back to Generation 2: godwit convert --to gen2, with the manifest of its conversion"
+        evidence = "a master boot record is in force"
+        return [Finding("is-generation-1", Severity.REFUSAL, "disk", message, evidence, remedy)]
+    known = {one.rule for one in found.findings}
+    if found.esp is None:
+        if "no-esp" in known:
+            return []
+        message = "The disk has no EFI system partition: no machine starts from it."
+        remedy = "convert the disk that the system starts from"
+        return [Finding("no-esp", Severity.REFUSAL, "disk", message, "the partition table", remedy)]
+    assert found.copies is not None
+    planned = plan_layout(
+        found.copies.table,
+        sectors=found.copies.sectors,
+        sector_size=found.sector_size,
+        system=found.system or "linux",
+        boot_partition=found.esp.number,
+        core_sectors=LIKELY_CORE_SECTORS,
+    )
+    return [one for one in planned.findings if one.severity is Severity.REFUSAL and one.rule not in known]
 
 
 def windows_volumes(partitions: tuple[TablePartition, ...]) -> list[WindowsVolume]:

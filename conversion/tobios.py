@@ -10,7 +10,7 @@ from typing import Any, Final
 from conversion import grub
 from conversion.bootscript import BootScript, Entry, Place, WindowsGuest, boot_script
 from conversion.device import BlockDevice
-from conversion.errors import ConversionError, RefusedError
+from conversion.errors import ConversionError, RefusedError, ToolError
 from conversion.filesystems.fat import FatFileSystem
 from conversion.finding import Finding, Severity
 from conversion.inspection import Inspection, inspect, opened, windows_volumes
@@ -25,6 +25,7 @@ from conversion.plan import ESP, GUEST, PLACES, SWITCH, TO_BIOS_ORDER, Plan, com
 from conversion.saved_table import save_table
 from conversion.uki import split_unified_image
 from conversion.windows.convert import convert_esp, convert_system, forget_hibernation
+from conversion.windows.hivetrace import trace_of
 
 LARGEST_UNIFIED_BYTES: Final = 128 << 20
 UNIFIED_FOLDER: Final = "/EFI/godwit"
@@ -33,7 +34,6 @@ UNIFIED_FOLDER: Final = "/EFI/godwit"
 def plan_bios(
     device: BlockDevice,
     *,
-    inspection: Inspection | None = None,
     discard_hibernation: bool = False,
     largest_sectors: int | None = None,
     modules: Path = grub.DIRECTORY,
@@ -46,30 +46,21 @@ def plan_bios(
     """
     overlay = Overlay(device)
     found = inspect(overlay, discard_hibernation=discard_hibernation)
-    del inspection  # made on other devices than the overlay's: its volumes would write past it
-    refusals = _refusals(found)
-    if refusals:
-        return Plan(1, found, None, TO_BIOS_ORDER, (*found.findings, *refusals))
     if not found.is_convertible:
         return Plan(1, found, None, TO_BIOS_ORDER, found.findings)
+    planner = _Planner(overlay, found, largest_sectors, discard_hibernation, modules)
     try:
-        return _Planner(overlay, found, largest_sectors, discard_hibernation, modules).run()
-    except RefusedError as error:
-        finding = Finding(
-            "refused", Severity.REFUSAL, error.subject or "disk", error.message, "while planning", error.hint or ""
+        return planner.run()
+    except ToolError:
+        raise  # nothing is wrong with the disk
+    except ConversionError as error:
+        findings = planner.refusals or (
+            Finding(
+                *("refused", Severity.REFUSAL, error.subject or "disk", f"It cannot be converted: {error.message}."),
+                *("found while planning", error.hint or ""),
+            ),
         )
-        return Plan(1, found, None, TO_BIOS_ORDER, (*found.findings, finding))
-
-
-def _refusals(found: Inspection) -> list[Finding]:
-    if found.generation == 1:
-        message = "The disk starts from a BIOS already."
-        return [Finding("is-generation-1", Severity.REFUSAL, "disk", message, "a master boot record is in force", "")]
-    if found.generation == 2 and found.esp is None:
-        message = "The disk has no EFI system partition: no machine starts from it."
-        remedy = "convert the disk that the system starts from"
-        return [Finding("no-esp", Severity.REFUSAL, "disk", message, "the partition table", remedy)]
-    return []
+        return Plan(1, found, None, TO_BIOS_ORDER, (*found.findings, *findings))
 
 
 class _Planner:
@@ -90,6 +81,7 @@ class _Planner:
         self._sentences: list[str] = []
         self._findings: list[Finding] = []
         self._documents: dict[str, dict[str, Any]] = {}
+        self.refusals: tuple[Finding, ...] = ()  # of the layout, where there is none
 
     def run(self) -> Plan:
         unified = self._take_unified_apart()
@@ -141,6 +133,8 @@ class _Planner:
                 core_sectors=sectors,
                 largest_sectors=self._largest_sectors,
             )
+            if planned.layout is None:
+                self.refusals = planned.findings
             layout = planned.require()
             script = self._script(layout, unified)
             core = grub.build_core(
@@ -158,7 +152,11 @@ class _Planner:
 
         if self._found.linux is not None:
             places = tuple(replace(one, place=_located(one.place, number_of(self._esp.number))) for one in unified)
-            return boot_script(boot_guest(self._found.linux, number_of, places))
+            try:
+                return boot_script(boot_guest(self._found.linux, number_of, places, signature=layout.signature))
+            except ValueError as error:
+                hint = "give what starts the system a plain name"
+                raise RefusedError(f"what starts the system cannot be written down: {error}", hint=hint) from error
         esp = opened(self._esp.device)
         return boot_script(WindowsGuest(number_of(self._esp.number), (esp.uuid or None) if esp is not None else None))
 
@@ -168,6 +166,7 @@ class _Planner:
         by_number = {one.number: one for one in windows_volumes(self._found.partitions)}
         esp, windows = by_number[self._esp.number], by_number[inspected.windows.number]
         identity = layout.identity()
+        trace = trace_of(windows)
         with self._overlay.component(ESP):
             files = convert_esp(esp, windows, identity, overlay=self._overlay)
         with self._overlay.component(GUEST):
@@ -181,7 +180,7 @@ class _Planner:
             if self._discard_hibernation:
                 forget_hibernation(windows, overlay=self._overlay)
         self._documents[ESP] = {"windows": files.document(), "partition": self._esp.number}
-        self._documents[GUEST] = {"windows": hive.document(), "partition": windows.number}
+        self._documents[GUEST] = {"windows": hive.document(), "partition": windows.number, "trace": trace}
         self._findings += (*files.findings, *hive.findings)
 
     def _edit_linux(self, linux: LinuxSystem) -> None:
@@ -194,7 +193,13 @@ class _Planner:
                         done += length
         self._documents[GUEST] = {
             "linux": [
-                {"path": edit.path, "line": edit.line, "old": edit.old.hex(), "new": edit.new.hex()}
+                {
+                    "path": edit.path,
+                    "line": edit.line,
+                    "offset": edit.offset,
+                    "old": edit.old.hex(),
+                    "new": edit.new.hex(),
+                }
                 for edit in linux.edits
             ]
         }

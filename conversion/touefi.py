@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
 from uuid import UUID, uuid4
 
 from conversion.device import BlockDevice
@@ -15,12 +14,13 @@ from conversion.inspection import Inspection, TablePartition, inspect, opened, w
 from conversion.linux.fallback import LARGEST_PROGRAM_BYTES, ensure_fallback
 from conversion.linux.system import LinuxSystem
 from conversion.linux.tablereferences import disk_places
-from conversion.manifest import Component, Manifest
+from conversion.manifest import Component, Json, Manifest
 from conversion.overlay import Overlay
 from conversion.plan import ESP, GUEST, PLACES, SWITCH, TABLE, TO_UEFI_ORDER, Plan
 from conversion.reconcile import Reconciliation, reconcile
 from conversion.saved_table import decode_saved_table
 from conversion.windows.convert import EspConversion, SystemConversion, restore_esp, restore_system
+from conversion.windows.hivetrace import trace_of
 from conversion.windows.volume import Volume
 
 
@@ -86,25 +86,41 @@ class _WayBack:
 
     def run(self) -> None:
         with self._overlay.component(ESP):
-            self._restore(self._manifest.component(ESP), self._esp_by_content, "files on the EFI system partition")
+            self._restore_esp(self._manifest.component(ESP))
         with self._overlay.component(GUEST):
-            self._restore(self._manifest.component(GUEST), self._guest_by_content, "files of the system")
+            self._restore_guest(self._manifest.component(GUEST))
         if self._manifest.system == "linux":
             with self._overlay.component(ESP):
                 self._ensure_fallback()
 
-    def _restore(self, done: Component | None, by_content: Callable[[dict[str, Any]], None], what: str) -> None:
-        """Put back the bytes where all that was written still stands, and else go by what is to be read there."""
+    def _restore_esp(self, done: Component | None) -> None:
         if done is None or not (done.ranges or done.document):
             return
         if done.stands(self._overlay.below):
-            with self._overlay.because(what, "as they were before the conversion, byte for byte"):
-                for one in done.ranges:
-                    self._overlay.write_at(one.offset, one.before)
+            self._put_back(done, "files on the EFI system partition")
         else:
-            by_content(dict(done.document))
+            self._esp_by_content(done.document)
 
-    def _esp_by_content(self, document: dict[str, Any]) -> None:
+    def _restore_guest(self, done: Component | None) -> None:
+        if done is None:
+            return
+        document = done.document
+        if "windows" not in document:
+            self._undo_edits(document)
+        elif done.stands(self._overlay.below) and trace_of(self._volume(document)) == document.get("trace"):
+            self._put_back(done, "files of the system")
+        else:
+            changed = SystemConversion.from_document(document["windows"])
+            volume = self._volume(document)
+            restored = restore_system(changed, volume, self._reconciled.identity, overlay=self._overlay)
+            self.findings += restored.findings
+
+    def _put_back(self, done: Component, what: str) -> None:
+        with self._overlay.because(what, "as they were before the conversion, byte for byte"):
+            for one in done.ranges:
+                self._overlay.write_at(one.offset, one.before)
+
+    def _esp_by_content(self, document: Json) -> None:
         if "windows" in document:
             done = EspConversion.from_document(document["windows"])
             restored = restore_esp(done, self._volume(document), overlay=self._overlay)
@@ -119,26 +135,23 @@ class _WayBack:
             with self._overlay.because(f"{path} on {subject}", "removed: a start from UEFI has no use for it"):
                 esp.remove_file(path)
 
-    def _guest_by_content(self, document: dict[str, Any]) -> None:
-        if "windows" in document:
-            done = SystemConversion.from_document(document["windows"])
-            restored = restore_system(done, self._volume(document), self._reconciled.identity, overlay=self._overlay)
-            self.findings += restored.findings
-            return
+    def _undo_edits(self, document: Json) -> None:
+        """Undo edits of text by what the files hold now: an editor writes a new file, and leaves the old bytes be."""
         linux = self._found.linux
         for one in document.get("linux", ()):
             path, line = str(one["path"]), int(one["line"])
-            old, new = bytes.fromhex(one["old"]), bytes.fromhex(one["new"])
-            if linux is None or not self._undo_edit(linux, path, old, new):
+            if linux is None or not self._undo_edit(linux, path, one):
                 self.sentences.append(f"{path}, line {line}, was changed in the guest and stays as it is.")
 
-    def _undo_edit(self, linux: LinuxSystem, path: str, old: bytes, new: bytes) -> bool:
+    def _undo_edit(self, linux: LinuxSystem, path: str, edit: Json) -> bool:
         """Write the old text where the new one still stands in the file, wherever the file lies by now."""
         if linux.root is None or linux.root.file_system is None:
             return False
+        old, new, at = bytes.fromhex(edit["old"]), bytes.fromhex(edit["new"]), int(edit["offset"])
         file_system = linux.root.file_system
         content = file_system.read_file(path)
-        at = -1 if content is None else content.find(new)
+        if content is None or content[at : at + len(new)] != new:
+            at = -1 if content is None else content.find(new)
         places = disk_places(linux.root, file_system, path, at, len(new)) if at >= 0 else None
         if places is None:
             return False
@@ -149,7 +162,7 @@ class _WayBack:
                 done += length
         return True
 
-    def _volume(self, document: dict[str, Any]) -> Volume:
+    def _volume(self, document: Json) -> Volume:
         number = document.get("partition")
         for one in windows_volumes(self._found.partitions):
             if one.number == number:

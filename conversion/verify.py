@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from conversion.device import BlockDevice
 from conversion.errors import ConversionError, DamagedError
 from conversion.finding import Finding, Severity
 from conversion.gpt_copies import read_copies
 from conversion.inspection import Inspection, inspect, windows_volumes
-from conversion.layout import Layout
-from conversion.manifest import Manifest
+from conversion.layout import SECTOR_BYTES, Layout
+from conversion.manifest import Component, Manifest
 from conversion.mbr import read_mbr
-from conversion.plan import SWITCH, Plan
+from conversion.plan import ESP, GUEST, SWITCH, Plan
 from conversion.saved_table import SavedTable, decode_saved_table
 from conversion.windows.verify import verify_windows
+from conversion.windows.volume import Volume
 
 
 def verify(device: BlockDevice, plan: Plan, manifest: Manifest) -> tuple[Finding, ...]:
@@ -49,17 +52,26 @@ def _verify_bios(device: BlockDevice, found: Inspection, manifest: Manifest) -> 
     if copies is None or copies.table.entries != saved.gpt.entries:
         wrong.append(_wrong("partition table", "no longer sleeps beneath the master boot record", "both copies"))
     if manifest.system == "windows" and not wrong:
-        wrong += _verify_windows(found, saved.layout)
+        wrong += _verify_windows(found, manifest, saved.layout)
     return tuple(wrong)
 
 
-def _verify_windows(found: Inspection, layout: Layout) -> tuple[Finding, ...]:
+def _verify_windows(found: Inspection, manifest: Manifest, layout: Layout) -> tuple[Finding, ...]:
     volumes = windows_volumes(found.partitions)
-    esp = next((one for one in volumes if one.has("/bootmgr") and one.has("/Boot/BCD")), None)
-    windows = next((one for one in volumes if one.has("/Windows/System32/config/SYSTEM")), None)
+    esp = _volume_of(volumes, manifest.component(ESP), layout)
+    windows = _volume_of(volumes, manifest.component(GUEST), layout)
     if esp is None or windows is None:
-        return (_wrong("disk", "has no boot manager for a BIOS, or no Windows, that can be found", "every partition"),)
+        return (_wrong("disk", "has not every partition that was written to", "the master boot record"),)
     return verify_windows(esp, windows, layout.identity())
+
+
+def _volume_of(volumes: list[Volume], component: Component | None, layout: Layout) -> Volume | None:
+    """Return the volume that a component was written to, with the GUID that only the old table has for it."""
+    entry = layout.entry(int(component.document["partition"])) if component is not None else None
+    if entry is None:
+        return None
+    start = entry.first_lba * SECTOR_BYTES
+    return next((replace(one, partition_guid=entry.guid) for one in volumes if one.device.start == start), None)
 
 
 def _verify_uefi(found: Inspection, manifest: Manifest) -> tuple[Finding, ...]:
@@ -82,5 +94,5 @@ def _saved(manifest: Manifest) -> SavedTable:
 
 
 def _wrong(subject: str, what: str, evidence: str) -> Finding:
-    remedy = "nothing was put in force; convert anew, and report it if it comes back"
+    remedy = "convert anew, and report it if it comes back"
     return Finding("verify", Severity.REFUSAL, subject, f"It {what}.", evidence, remedy)

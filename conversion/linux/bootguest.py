@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
-from conversion.bootscript import EntriesGuest, Entry, GrubGuest, Guest, LoaderGuest, Place, Substitution
+from conversion.bootscript import LABEL, EntriesGuest, Entry, GrubGuest, Guest, LoaderGuest, Place, Substitution
 from conversion.errors import RefusedError
 from conversion.linux.system import BootEntry, EntriesFolder, GrubConfig, LinuxSystem, Volume
 
 MOST_SUBSTITUTIONS: Final = 16
 MOST_ENTRIES: Final = 32
+LONGEST_TEXT: Final = 4096
 
 NumberOf = Callable[[int], int | None]  # a partition's number in the GPT → in the MBR
 
 
-def boot_guest(system: LinuxSystem, number_of: NumberOf, unified: Sequence[Entry] = ()) -> Guest:
+def boot_guest(
+    system: LinuxSystem, number_of: NumberOf, unified: Sequence[Entry] = (), *, signature: int | None = None
+) -> Guest:
     """Return what the boot chain starts, and from where. ``unified``: kernels that were taken out of unified images.
 
+    ``signature`` is that of the disk, for a kernel that finds its root without an initial RAM disk.
     Raises RefusedError where nothing of it can be started from a BIOS.
     """
-    substitutions = _substitutions(system)
+    substitutions = _substitutions(system, number_of, signature)
     config = _chosen_config(system.grub)
     if config is not None:
         known = [entry for entry in system.entries if entry.source == "bls"] if config.uses_bls else []
-        return GrubGuest(_place(config.volume, number_of), config.folder, substitutions, _entries(known, number_of))
+        entries = _entries(known, number_of, substitutions)
+        return GrubGuest(_place(config.volume, number_of), config.folder, substitutions, entries, config.file)
     folder = next((one for one in system.entries_folders if one.entries), None)
     if folder is not None:
         return _loader_guest(system, folder, number_of, substitutions)
     if unified:
-        return EntriesGuest(tuple(unified))
+        return EntriesGuest(
+            tuple(replace(one, command_line=_substituted(one.command_line, substitutions)) for one in unified)
+        )
     raise RefusedError(
         "nothing says how this system is started",
         subject="the system",
@@ -62,7 +70,7 @@ def _loader_guest(
         folder.folder,
         None if loader.uuid == folder.volume.uuid else _place(loader, number_of),
         substitutions,
-        _entries(folder.entries, number_of),
+        _entries(folder.entries, number_of, substitutions),
         min(int(timeout), 3600) if timeout is not None and timeout.isdecimal() else 3,
     )
 
@@ -75,24 +83,57 @@ def _place(volume: Volume, number_of: NumberOf) -> Place:
     return Place(volume.uuid, number_of(volume.partition.number) if volume.partition is not None else None)
 
 
-def _entries(entries: Sequence[BootEntry], number_of: NumberOf) -> tuple[Entry, ...]:
+def _entries(
+    entries: Sequence[BootEntry], number_of: NumberOf, substitutions: Sequence[Substitution]
+) -> tuple[Entry, ...]:
     """Return entries as they are known now, for where none can be read when the machine starts."""
     found = []
     for one in entries[:MOST_ENTRIES]:
-        if one.volume is not None and one.volume.uuid and one.kernel:
+        if one.volume is not None and one.volume.uuid and one.kernel.startswith("/"):
             place = _place(one.volume, number_of)
-            found.append(Entry(one.title, place, one.kernel, one.initrds, one.command_line))
+            title, command_line = _plain(one.title), _plain(_substituted(one.command_line, substitutions))
+            found.append(Entry(title, place, one.kernel, one.initrds, command_line))
     return tuple(found)
 
 
-def _substitutions(system: LinuxSystem) -> tuple[Substitution, ...]:
-    """Return what to put in the place of PARTUUIDs on kernel command lines: the file system's own UUID."""
+def _plain(text: str) -> str:
+    return "".join(" " if ord(character) < 32 else character for character in text)[:LONGEST_TEXT]
+
+
+def _substituted(command_line: str, substitutions: Sequence[Substitution]) -> str:
+    """Return a command line that is known beforehand as the script would hand it over."""
+    words = command_line.split(" ")
+    for substitution in substitutions:
+        words = [substitution.made_in(word) for word in words]
+    return " ".join(words)
+
+
+def _substitutions(system: LinuxSystem, number_of: NumberOf, signature: int | None) -> tuple[Substitution, ...]:
+    """Return what to put in the place of what names a partition by its table, on kernel command lines.
+
+    That is the file system's own UUID; where no initial RAM disk is there to look for it, the partition's name under
+    the new table, as the kernel itself makes it.
+    """
+    by_kernel = any(one.root.by in ("partuuid", "partlabel") and not one.initrds for one in _started(system))
     text = " ".join(entry.command_line for entry in system.entries).lower()
-    found = [
-        Substitution(str(volume.partition.guid), f"UUID={volume.uuid}")
-        for volume in system.volumes
-        if volume.partition is not None and volume.partition.guid is not None and volume.uuid
-    ]
+    found: list[tuple[bool, Substitution]] = []
+    names = [volume.partition.name for volume in system.volumes if volume.partition is not None]
+    for volume in system.volumes:
+        partition = volume.partition
+        if partition is None or partition.guid is None or not volume.uuid:
+            continue
+        number = number_of(partition.number)
+        replacement = f"UUID={volume.uuid}"
+        if by_kernel and signature is not None and number is not None:
+            replacement = f"PARTUUID={signature:08x}-{number:02x}"
+        label = partition.name if names.count(partition.name) == 1 and LABEL.fullmatch(partition.name) else ""
+        is_named = str(partition.guid) in text or bool(label and label.lower() in text)
+        found.append((is_named, Substitution(str(partition.guid), replacement, label)))
     # What is on a command line today goes first; the root's may come to be on one with the next kernel.
-    found.sort(key=lambda one: one.partuuid not in text)
-    return tuple(found[:MOST_SUBSTITUTIONS])
+    found.sort(key=lambda one: not one[0])
+    return tuple(one for _, one in found[:MOST_SUBSTITUTIONS])
+
+
+def _started(system: LinuxSystem) -> list[BootEntry]:
+    """Return the entries that start a Linux whose initial RAM disk, if it has one, is listed."""
+    return [one for one in system.entries if one.source != "uki"]

@@ -14,7 +14,8 @@ from typing import Any, Final, Literal
 from conversion.errors import DamagedError, RefusedError
 from conversion.inspection import inspect
 from conversion.manifest import Manifest
-from conversion.plan import SWITCH, TO_BIOS_ORDER, Plan
+from conversion.overlay import Overlay
+from conversion.plan import SWITCH, TO_UEFI_ORDER, Plan, components
 from conversion.tobios import plan_bios
 from conversion.touefi import plan_uefi
 from conversion.verify import verify
@@ -22,12 +23,15 @@ from replica.errors import UsageError
 from replica.generation.image import Image, write_copy, write_in_place, write_overlay
 from vhdx.bulk import file_exists
 from vhdx.convert import ConvertFormat
+from vhdx.disk import Disk
 from vhdx.errors import OsError
 from vhdx.osfile import OS_FILES, translated
 from vhdx.progress import Progress, silent
 from vhdx.temporary import temporary_path
 
 MANIFEST_SUFFIX: Final = ".conversion"
+JOURNAL_SUFFIX: Final = ".conversion-back"
+LARGEST_MANIFEST_BYTES: Final = 300 << 20
 Generation = Literal[1, 2]
 
 
@@ -61,6 +65,11 @@ def manifest_path(path: Path) -> Path:
     return path.with_name(path.name + MANIFEST_SUFFIX)
 
 
+def journal_path(path: Path) -> Path:
+    """Return where the writes of a way back in place are kept while they are made."""
+    return path.with_name(path.name + JOURNAL_SUFFIX)
+
+
 def convert_generation(
     path: Path,
     to: Generation,
@@ -78,25 +87,27 @@ def convert_generation(
     """Convert the OS disk at ``path``: as an overlay on it, as a whole copy of ``format``, or ``in_place``.
 
     ``manifest`` is the one that a disk of Generation 1 was converted by, to go back to 2; else it is looked for beside
-    the image and its parents. Raises RefusedError with every reason, DiskError, ConversionError, UsageError.
+    the image and its parents. A disk that cannot be converted gives a plan without an overlay, and nothing is written.
+    Raises DiskError, ConversionError, UsageError.
     """
     image = Image.find(path, folders=folders)
-    if in_place and to == 1 and not dry_run:
-        _take_back_interrupted(image)
-    saved, found_at = _manifest_for(image, to, manifest)
+    if in_place and not dry_run:
+        finished = finish_interrupted(image)
+        if finished is not None and to == 2:
+            return GenerationChange(path, path, None, finished)
+        if to == 1:
+            take_back_interrupted(image)
     with image.opened() as disk:
+        saved = _manifest_for(image, disk, to, manifest)
         if saved is None:
             plan = plan_bios(disk, discard_hibernation=discard_hibernation, largest_sectors=largest_sectors)
         else:
             plan = plan_uefi(disk, saved)
-        if dry_run:
+        if dry_run or plan.overlay is None:
             return GenerationChange(path, None, None, plan)
-        plan.require()  # raises where it is refused
         change = _Change(image, disk.size, plan, saved or plan.require_manifest(), list(plan.groups()))
     if in_place:
         change.in_place()
-        if found_at == manifest_path(path):
-            OS_FILES.remove(found_at)
         target = path
     else:
         target = output or default_target(path, to, image.format if format is None else "qcow2")
@@ -115,11 +126,21 @@ class _Change:
     groups: list[list[tuple[int, bytes]]]
 
     def in_place(self) -> None:
-        """Write into the image, group by group; the manifest goes before."""
+        """Write into the image, group by group; the manifest goes before, on the way back one of that."""
+        path = self.image.path
         if self.plan.manifest is not None:
-            _write_manifest(manifest_path(self.image.path), self.plan.manifest, overwrite=False)
+            write_manifest(manifest_path(path), self.plan.manifest, overwrite=False)
+        else:
+            write_manifest(journal_path(path), self._journal(), overwrite=True)
         write_in_place(self.image, self.groups)
-        self._check(self.image)
+        self._check(self.image, "the disk was written; take it back, or restore it from a recovery point")
+        if self.plan.manifest is None:
+            _forget(path)
+
+    def _journal(self) -> Manifest:
+        overlay = self.plan.require()
+        ranges = components(overlay, TO_UEFI_ORDER, {})
+        return Manifest(self.manifest.system, overlay.size, overlay.sector_size, ranges)
 
     def beside(self, target: Path, format: ConvertFormat | None, progress: Progress) -> None:  # noqa: A002
         """Make an overlay on the image, or a copy of it; nothing is left of it where that fails."""
@@ -127,7 +148,7 @@ class _Change:
             raise file_exists(target)
         kept = manifest_path(target)
         if self.plan.manifest is not None:
-            _write_manifest(kept, self.plan.manifest, overwrite=True)
+            write_manifest(kept, self.plan.manifest, overwrite=True)
         ranges = [one for group in self.groups for one in group]
         try:
             if format is None:
@@ -139,36 +160,42 @@ class _Change:
                 OS_FILES.remove(kept)
             raise
 
-    def _check(self, made: Image) -> None:
+    def _check(self, made: Image, hint: str = "nothing was put in force; convert anew") -> None:
         with made.opened() as disk:
             wrong = verify(disk, self.plan, self.manifest)
         if wrong:
             raise DamagedError(
                 " ".join(f"{one.subject}: {one.message} ({one.evidence})" for one in wrong),
                 subject=str(made.path),
-                hint="nothing was put in force; convert anew, and report it if it comes back",
+                hint=f"{hint}, and report it if it comes back",
             )
 
 
-def _manifest_for(image: Image, to: Generation, given: Path | None) -> tuple[Manifest | None, Path | None]:
-    """Return the manifest for the way back, and where it lies; None for the way there."""
+def _manifest_for(image: Image, disk: Disk, to: Generation, given: Path | None) -> Manifest | None:
+    """Return the manifest for the way back; None for the way there."""
     if to == 1:
         if given is not None:
             raise UsageError("a manifest is for the way back to Generation 2", path=str(given))
-        return None, None
-    path = given or manifest_path(image.path)
+        return None
+    beside = [manifest_path(link) for link in image.chain(disk)]
+    path = given or next((one for one in beside if one.exists()), beside[0])
     if not path.exists():
         raise UsageError(
             "there is no manifest of the conversion to Generation 1, and without it there is no way back",
             path=str(path),
             hint="name it with --manifest; it was written beside the converted disk",
         )
-    with translated(path, "read the manifest"):
-        data = path.read_bytes()
-    return Manifest.decode(data, name=str(path)), path
+    return read_manifest(path)
 
 
-def _write_manifest(path: Path, manifest: Manifest, *, overwrite: bool) -> None:
+def read_manifest(path: Path) -> Manifest:
+    """Read it. Raises OsError, DamagedError."""
+    with translated(path, "read the manifest"), path.open("rb") as file:
+        data = file.read(LARGEST_MANIFEST_BYTES + 1)
+    return Manifest.decode(data, name=str(path))
+
+
+def write_manifest(path: Path, manifest: Manifest, *, overwrite: bool) -> None:
     """Write it durably, before anything that needs it."""
     finished = temporary_path(path)
     try:
@@ -191,7 +218,29 @@ def _write_manifest(path: Path, manifest: Manifest, *, overwrite: bool) -> None:
         raise
 
 
-def _take_back_interrupted(image: Image) -> None:
+def finish_interrupted(image: Image) -> Plan | None:
+    """Finish a way back in place that was cut off after its switch; None where none was.
+
+    One that was cut off before it is forgotten: the disk starts as Generation 1 still, and can be planned anew.
+    Raises RefusedError where the guest ran on the disk since.
+    """
+    path = journal_path(image.path)
+    if not path.exists():
+        return None
+    journal = read_manifest(path)
+    with image.opened() as disk:
+        switch = journal.component(SWITCH)
+        if switch is None or disk.size != journal.size or not switch.stands(disk):
+            OS_FILES.remove(path)
+            return None
+        _refuse_used(image, disk, journal, path)
+        plan = Plan(2, inspect(disk), Overlay(disk), TO_UEFI_ORDER, (), ("A way back that was cut off is finished.",))
+    write_in_place(image, [[(one.offset, one.after) for one in part.ranges] for part in journal.components])
+    _forget(image.path)
+    return plan
+
+
+def take_back_interrupted(image: Image) -> None:
     """Take back a conversion in place that was cut off before its switch, so that it can begin anew.
 
     Until the switch the disk starts as it did: what was written before it goes back to what stood there, where it
@@ -200,27 +249,34 @@ def _take_back_interrupted(image: Image) -> None:
     path = manifest_path(image.path)
     if not path.exists():
         return
-    with translated(path, "read the manifest"):
-        manifest = Manifest.decode(path.read_bytes(), name=str(path))
+    manifest = read_manifest(path)
     with image.opened() as disk:
         switch = manifest.component(SWITCH)
         if disk.size != manifest.size or switch is None or switch.stands(disk) or inspect(disk).generation != 2:
             return  # it is in force
-        undone: list[tuple[int, bytes]] = []
-        for name in reversed(TO_BIOS_ORDER):
-            component = manifest.component(name)
-            for one in component.ranges if component is not None else ():
-                live = disk.read_at(one.offset, len(one.after))
-                sectors = range(0, len(live), manifest.sector_size)
-                for at in sectors:
-                    end = at + manifest.sector_size
-                    if live[at:end] not in (one.before[at:end], one.after[at:end]):
-                        raise RefusedError(
-                            "a conversion in place was cut off, and the disk was used since",
-                            subject=str(image.path),
-                            hint=f"it starts as Generation 2 as before; move {path} away to convert it anew",
-                        )
-                if live != one.before:
-                    undone.append((one.offset, one.before))
+        _refuse_used(image, disk, manifest, path)
+    undone = [(one.offset, one.before) for part in reversed(manifest.components) for one in part.ranges]
     write_in_place(image, [undone])
     OS_FILES.remove(path)
+
+
+def _refuse_used(image: Image, disk: Disk, manifest: Manifest, path: Path) -> None:
+    """Raise RefusedError unless each sector that was to be written holds what stood there or what was written."""
+    for component in manifest.components:
+        for one in component.ranges:
+            live = disk.read_at(one.offset, len(one.after))
+            for at in range(0, len(live), manifest.sector_size):
+                end = at + manifest.sector_size
+                if live[at:end] not in (one.before[at:end], one.after[at:end]):
+                    raise RefusedError(
+                        "a conversion in place was cut off, and the disk was used since",
+                        subject=str(image.path),
+                        hint=f"it starts as Generation 2; move {path} away to convert it anew",
+                    )
+
+
+def _forget(path: Path) -> None:
+    """Remove what was kept for a conversion that is taken back: its manifest first, then the journal of the way."""
+    for kept in (manifest_path(path), journal_path(path)):
+        if kept.exists():
+            OS_FILES.remove(kept)

@@ -17,7 +17,7 @@ from vhdx.convert import ConvertFormat, convert
 from vhdx.create import create_disk
 from vhdx.disk import Disk
 from vhdx.errors import UnsupportedDiskError
-from vhdx.formats import detect_format, open_disk
+from vhdx.formats import chain_of, detect_format, open_disk
 from vhdx.osfile import OS_FILES
 from vhdx.progress import Progress, silent
 from vhdx.temporary import temporary_path
@@ -41,6 +41,12 @@ class Image:
     def find(cls, path: Path | str, *, format: str | None = None, folders: Sequence[Path | str] = ()) -> Image:  # noqa: A002
         """Name the image at ``path``, its format looked up where it is not given. Raises DiskError."""
         return cls(Path(path), format or detect_format(path), tuple(map(Path, folders)))
+
+    def chain(self, disk: Disk) -> list[Path]:
+        """Return the files that ``disk``, this image opened, is read from: its own, then its parents'."""
+        if self.format == "qcow2":
+            return qcow2.backing_chain(self.path, self.folders)
+        return list(chain_of(disk))
 
     @contextmanager
     def opened(self) -> Iterator[Disk]:
