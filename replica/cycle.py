@@ -11,6 +11,8 @@ from replica import catalog, history, holds, lease
 from replica.block import Digest
 from replica.blockmap import BlockMap
 from replica.catalog import ProtectedVm
+from replica.failover import transitions
+from replica.failover.transitions import Command
 from replica.host import Host
 from replica.keys import VmKeys
 from replica.lease import Lease
@@ -78,9 +80,9 @@ def replicate(
     """Make a recovery point of the VM as it is now, and return it.
 
     ``rescan``: compare all that the disks hold by hash, whatever their files tell of what changed.
-    Raises LeaseHeldError where another agent is at work, LeaseLostError where one took over, SourceError or DiskError
-    where a disk cannot be read or changed meanwhile, StoreError. After an error nothing was published, and what was
-    uploaded is used by the next cycle.
+    Raises StandingError where the VM's standing forbids it (docs/failover.md), LeaseHeldError where another agent is at
+    work, LeaseLostError where one took over, SourceError or DiskError where a disk cannot be read or changed
+    meanwhile, StoreError. After an error nothing was published, and what was uploaded is used by the next cycle.
     """
     with lease.holding(store, found.keys, host) as held:
         basis = Basis(history.begin(store, found.keys, host, held))
@@ -126,6 +128,7 @@ class _Cycle:
         self._workers = workers
         self._progress = progress
         self._settings = catalog.read_settings(store, found.keys, held.settings_version)
+        transitions.require(found.vm.name, self._settings.state, Command.REPLICATE)
         self._previous = basis.point
         self._distrust = basis.distrust
         self._number = held.point + 1
@@ -266,8 +269,19 @@ class _Cycle:
             bus=one.source.bus,
             data_blocks=blocks,
             digest=digest,
-            source={**one.about, "found_by": tracked.found.kind, "because": tracked.found.why},
+            source={
+                **one.about,
+                **self._conversion(number),
+                "found_by": tracked.found.kind,
+                "because": tracked.found.why,
+            },
         )
+
+    def _conversion(self, number: int) -> dict[str, str]:
+        """Return by what the disk was converted to the generation that it is replicated as, for the manifest."""
+        reverse = self._settings.state.reverse
+        refs = [] if reverse is None else [one for one in reverse.conversions if one.disk == number]
+        return {"conversion": str(refs[0].point)} if refs else {}
 
     def _count(self, changes: Changes) -> None:
         self._totals.read_bytes += changes.read_bytes

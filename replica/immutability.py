@@ -26,7 +26,7 @@ from replica.retention import Rule
 from replica.stores.store import Store
 from replica.workers import Workers
 
-_KINDS: Final = ("settings/", "manifests/", "maps/", "segments/")
+_KINDS: Final = ("settings/", "manifests/", "maps/", "segments/", "conversions/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +141,17 @@ def _needed(store: Store, host: Host, found: ProtectedVm, rule: Rule | None, wor
     for info in store.list(keys.tenant_keys(tenant)):
         yield info.key
     yield found.keys.vm
-    yield found.keys.settings(catalog.settings_in_force(store, found).version)
+    settings = catalog.settings_in_force(store, found)
+    yield found.keys.settings(settings.version)
+    for one in settings.state.conversions:
+        yield found.keys.conversion(one.point, one.disk)
     parts: dict[MapPartRef, None] = {}
-    for one in prune.plan(store, host, found, rule=rule).kept:
+    for kept in prune.plan(store, host, found, rule=rule).kept:
         try:
-            point = history.read(store, found.keys, one.point)
+            point = history.read(store, found.keys, kept.point)
         except ObjectMissingError:  # pruned since
             continue
-        yield found.keys.manifest(one.point)
+        yield found.keys.manifest(kept.point)
         parts.update(dict.fromkeys(ref for each in getattr(point, "maps", ()) for ref in each.parts))
     maps = MapStore(store, found.keys, None)
     others: dict[VmKeys, None] = {}

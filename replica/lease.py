@@ -16,6 +16,7 @@ from replica.errors import (
     LeaseLostError,
     ObjectChangedError,
     ObjectMissingError,
+    StandingError,
     StoreError,
 )
 from replica.host import Host
@@ -182,16 +183,17 @@ class Lease:
         self._renewed = self._host.clock.monotonic()
 
 
-def acquire(store: Store, keys: VmKeys, host: Host, *, sole_on_host: bool) -> Lease:
+def acquire(store: Store, keys: VmKeys, host: Host, *, sole_on_host: bool, take_over: bool = False) -> Lease:
     """Take the lease under a new epoch.
 
     ``sole_on_host``: no other process of this machine works on the VM, so that a lease of this machine is a dead one's.
+    ``take_over``: whoever holds it is to publish nothing more, although its term has not run out; the fence sees to it.
     Raises LeaseHeldError where another agent's term has not run out or it was faster.
     """
     before, tag = read(store, keys)
     now = host.clock.now()
     holder = before.holder
-    dead = sole_on_host and holder is not None and holder.host_id == host.host_id
+    dead = take_over or (sole_on_host and holder is not None and holder.host_id == host.host_id)
     if before.held and before.expires_at > now and not dead:
         name = holder.host_name if holder else "another machine"
         raise LeaseHeldError(
@@ -218,13 +220,19 @@ def acquire(store: Store, keys: VmKeys, host: Host, *, sole_on_host: bool) -> Le
 
 
 @contextmanager
-def holding(store: Store, keys: VmKeys, host: Host) -> Iterator[Lease]:
-    """Hold the lease while the context lasts; release it at the end, with leftovers noted if the end is an error."""
+def holding(store: Store, keys: VmKeys, host: Host, *, take_over: bool = False) -> Iterator[Lease]:
+    """Hold the lease while the context lasts; release it at the end, with leftovers noted if the end is an error.
+
+    ``take_over`` as for ``acquire``.
+    """
     with host.exclusive(keys.vm_id) as sole:
-        lease = acquire(store, keys, host, sole_on_host=sole)
+        lease = acquire(store, keys, host, sole_on_host=sole, take_over=take_over)
         try:
             yield lease
         except LeaseLostError:
+            raise
+        except StandingError:  # refused before anything was written
+            lease.release()
             raise
         except Exception:
             _release_quietly(lease)

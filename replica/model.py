@@ -155,6 +155,18 @@ class State:
     home: Home | None = None  # known from the intent to fail over on
     reverse: ReverseBase | None = None  # while it is replicated from the recovery machine
 
+    @property
+    def points(self) -> frozenset[int]:
+        """The points that machines were started from, or that home disks are told by: they are not to be pruned."""
+        machines = (*self.beside, *(() if self.machine is None else (self.machine,)))
+        return frozenset({one.point for one in machines} | (set() if self.home is None else {self.home.point}))
+
+    @property
+    def conversions(self) -> tuple[ConversionRef, ...]:
+        """The conversions that anything still refers to."""
+        machines = (*self.beside, *(() if self.machine is None else (self.machine,)))
+        return tuple(dict.fromkeys(ref for one in machines for ref in one.conversions))
+
 
 @dataclass(frozen=True, slots=True)
 class Change:

@@ -12,6 +12,8 @@ from replica import catalog, holds, retention, seeding
 from replica.block import LARGEST_DISK_BYTES
 from replica.catalog import ProtectedVm
 from replica.errors import UsageError
+from replica.failover import transitions
+from replica.failover.transitions import Command
 from replica.history import newest
 from replica.host import Host
 from replica.keys import VmKeys
@@ -106,7 +108,8 @@ def update(
 ) -> Settings:
     """Change how a VM is protected. ``disks``, where given, are all its disks from now on; history stays.
 
-    A disk whose path is known keeps its number, so that its next point is a delta. Raises UsageError, LeaseHeldError.
+    A disk whose path is known keeps its number, so that its next point is a delta. Disks do not change
+    while a recovery machine counts. Raises UsageError, LeaseHeldError, StandingError.
     """
     before = catalog.settings_in_force(store, found)
     _check(
@@ -116,6 +119,7 @@ def update(
     rule = _rule(keep)
     sources = None
     if disks:
+        transitions.require(found.vm.name, before.state, Command.CHANGE_DISKS)
         related = lineage(before.sources, newest(store, found.keys), open_disk)
         numbered = number_disks(before.sources, disks, next_number=before.next_disk_number, lineage=related)
         sources = _attached(numbered, buses)

@@ -14,7 +14,7 @@ from replica.errors import ObjectExistsError, ObjectLockedError, ObjectMissingEr
 from replica.host import Host
 from replica.keys import VmKeys
 from replica.lease import Lease
-from replica.model import Point
+from replica.model import Point, Settings
 from replica.retention import Rule
 from replica.stores.store import Store
 
@@ -44,18 +44,19 @@ class Pruning:
     rule: str
     removed: tuple[PointTime, ...]
     kept: tuple[PointTime, ...]
-    pinned: tuple[int, ...]  # those of the kept points that are pinned, or that another VM is being seeded from
+    pinned: tuple[int, ...]  # of the kept points: pinned, being seeded from, or what machines were started from
     unreadable: tuple[Unreadable, ...]
     locked: tuple[int, ...] = ()  # those of the kept points that stay only because their manifests are still locked
 
 
 def plan(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = None) -> Pruning:
     """Return what pruning would do now, changing nothing. ``rule`` stands in for the one of the VM's settings."""
-    chosen = rule or retention.parse(catalog.settings_in_force(store, found).retention or retention.DEFAULT_TEXT)
+    settings = catalog.settings_in_force(store, found)
+    chosen = rule or retention.parse(settings.retention or retention.DEFAULT_TEXT)
     state, _ = lease.read(store, found.keys)
     number = history.newest_number(store, found.keys, state.point)
     newest = history.point_at_or_before(store, found.keys, number, damaged_too=False)
-    return _plan(store, host, found.keys, chosen, newest)
+    return _plan(store, host, found.keys, chosen, newest, settings)
 
 
 def prune(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = None) -> Pruning:
@@ -72,7 +73,7 @@ def prune(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = N
         settings = catalog.read_settings(store, found.keys, held.settings_version)
         holds.sweep(store, host, found.keys)
         chosen = rule or retention.parse(settings.retention or retention.DEFAULT_TEXT)
-        planned = _plan(store, host, found.keys, chosen, newest)
+        planned = _plan(store, host, found.keys, chosen, newest, settings)
         locked: set[int] = set()
         removed = frozenset(_remove_all(store, found.keys, held, planned.removed, locked))
     # A point that was pinned since the plan was made has stayed, and so has one that is locked.
@@ -86,7 +87,7 @@ def prune(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = N
     )
 
 
-def _plan(store: Store, host: Host, keys: VmKeys, rule: Rule, newest: Point | None) -> Pruning:
+def _plan(store: Store, host: Host, keys: VmKeys, rule: Rule, newest: Point | None, settings: Settings) -> Pruning:
     # A store whose listing lags may not show the newest point yet: it is known, and counts.
     times = {} if newest is None else {newest.point: newest.created_at}
     unreadable = []
@@ -96,6 +97,7 @@ def _plan(store: Store, host: Host, keys: VmKeys, rule: Rule, newest: Point | No
         else:
             unreadable.append(Unreadable(one.key, str(one)))
     pinned = pins.numbers(store, keys) | holds.in_force(store, keys, host.clock.now())
+    pinned |= settings.state.points  # machines run from them; which these are changes under the lease only
     kept = retention.keep(rule, times, pinned)
     ordered = [PointTime(number, times[number]) for number in sorted(times)]
     return Pruning(

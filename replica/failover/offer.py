@@ -1,0 +1,49 @@
+"""What the platforms can be used for, known without asking them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+from replica.errors import UsageError
+
+Generation: TypeAlias = Literal[1, 2]
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A platform: which ``generations`` its machines may be, and whether it starts them.
+
+    ``is_local``: its machines are of the host that made them, and no other host sees them.
+    """
+
+    generations: tuple[Generation, ...] = (1, 2)
+    starts: bool = True
+    is_local: bool = True
+
+    def generation(self, own: Generation, wanted: Generation | None) -> Generation:
+        """Return what a machine is to start as: what is ``wanted``, else its ``own`` if that can be. Raises UsageError."""
+        if wanted is not None:
+            if wanted not in self.generations:
+                known = " and ".join(map(str, self.generations))
+                raise UsageError(f"this platform has machines of Generation {known} only")
+            return wanted
+        return own if own in self.generations else self.generations[0]
+
+
+OFFERS: Final[Mapping[str, Offer]] = {
+    "qemu": Offer(),
+    "libvirt": Offer(),
+    "files": Offer(starts=False),
+    "hyperv": Offer(is_local=False),
+    "azure": Offer(generations=(1,), is_local=False),
+}
+
+
+def offer(platform: str, offers: Mapping[str, Offer] = OFFERS) -> Offer:
+    """Return what is known of a platform. Raises UsageError."""
+    try:
+        return offers[platform]
+    except KeyError:
+        raise UsageError(f"there is no platform {platform!r}", hint=f"there are {', '.join(offers)}") from None
