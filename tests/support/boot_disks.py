@@ -206,8 +206,13 @@ class Partition:
 
 def missing_tools() -> list[str]:
     """The programs that making and starting such disks needs and that are not installed."""
-    missing = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
+    missing = [tool for tool in TOOLS if not installed(tool)]
     return missing if (grub.DIRECTORY / "boot.img").exists() else [*missing, str(grub.DIRECTORY)]
+
+
+def installed(tool: str) -> bool:
+    """Whether a program is installed, those of administrators included."""
+    return shutil.which(tool, path=PATH) is not None
 
 
 def assemble(source: str, folder: Path, name: str) -> Path:
