@@ -101,7 +101,7 @@ def differing(base: BlockMap | None, newest: BlockMap, disk: int, size: int) -> 
     Memory: a window of each laid out densely, about 2.5 MiB, and the result. Raises IntegrityError, StoreError.
     """
     data, zeros = Gathered(size), Gathered(size)
-    for number in _windows_in_use(base, newest, disk, size):
+    for number in windows_in_use(base, newest, disk, size):
         before = Dense.empty() if base is None else dense_window(base, disk, number)
         after = dense_window(newest, disk, number)
         unequal = after.differs(before)
@@ -116,7 +116,7 @@ def dense_window(known: BlockMap, disk: int, number: int) -> Dense:
     return Dense.of(known.window(first, first + WINDOW_BLOCKS))
 
 
-def _windows_in_use(base: BlockMap | None, newest: BlockMap, disk: int, size: int) -> Iterator[int]:
+def windows_in_use(base: BlockMap | None, newest: BlockMap, disk: int, size: int) -> Iterator[int]:
     """Yield the numbers of the windows in which either map has entries."""
     first = disk_base(disk)
     end = first + block_count(size)

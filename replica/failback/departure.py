@@ -1,0 +1,40 @@
+"""Where a recovery machine's first delta begins: the point it was started from, and what tells its disks apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from conversion.manifest import Manifest
+from vhdx.disk import Extents
+from vhdx.extents import EMPTY, merged
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """A recovery machine was started from ``point``; since then the bitmap of that name records on each of its disks.
+
+    ``converted``: by disk number, the ranges in which the disk that it was started with was not the point's. Where
+    ``bitmap`` is None, or anything about it is in doubt, all is compared.
+    """
+
+    point: int
+    bitmap: str | None
+    converted: dict[int, Extents] = field(default_factory=dict)
+
+    def ranges(self, number: int) -> Extents:
+        """Return what was converted of a disk."""
+        return self.converted.get(number, EMPTY)
+
+
+def departure(point: int, bitmap: str | None, conversions: Iterable[tuple[int, Manifest]]) -> Departure:
+    """Return the departure from what a standing holds: ``conversions`` are manifests by the number of the disk."""
+    return Departure(point, bitmap, {number: converted_ranges(manifest) for number, manifest in conversions})
+
+
+def converted_ranges(manifest: Manifest) -> Extents:
+    """Return where a conversion wrote."""
+    ranges = [(one.offset, one.end) for component in manifest.components for one in component.ranges]
+    return merged([np.array(ranges, np.int64)]) if ranges else EMPTY
