@@ -43,6 +43,12 @@ class Listen(click.ParamType["TcpAddress"]):
 @click.option(
     "--scratch", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER", help="Where scratch files go."
 )
+@click.option(
+    "--generation",
+    type=click.Choice(["1", "2", "auto"]),
+    default="auto",
+    help="What the disks are to start as; auto: as the machine that was protected.",
+)
 @store_options
 @output_options
 def serve(
@@ -54,13 +60,15 @@ def serve(
     listen: TcpAddress | None,
     writable: bool,
     scratch: Path | None,
+    generation: str,
     *,
     session: Session,
 ) -> None:
     """Serve the disks of a recovery point of the VM NAME by NBD, until interrupted.
 
     Nothing is restored first: blocks are fetched as they are read, and each is checked. Each disk is an export under
-    its number; the first one also under the empty name.
+    its number; the first one also under the empty name. With --generation 1 a BIOS starts from the disks of a UEFI
+    machine: the conversion lies over them, and is in no other place.
     """
     if (socket is None) == (listen is None):
         raise click.UsageError("say either --socket PATH or --listen HOST:PORT")
@@ -78,10 +86,12 @@ def serve(
         scratch=(scratch or default_scratch_folder()) if writable else None,
         workers=session.configuration.workers,
         report=lambda error: output.note(str(error)),
+        generation=None if generation == "auto" else 1 if generation == "1" else 2,
     ) as served:
 
         def render() -> None:
-            output.line(f"{name}: serving point {served.point} until interrupted (Ctrl-C)")
+            as_ = "" if generation == "auto" else f" as Generation {served.generation}"
+            output.line(f"{name}: serving point {served.point}{as_} until interrupted (Ctrl-C)")
             for one in served.exports:
                 output.line(f"  disk {one.disk.number}: {one.url} ({human_size(one.disk.size)})")
 

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, Final
+from typing import IO, Any, Final, Self
 
 from replica.monitor import Lines, MonitorError, MonitorGoneError
 
@@ -92,9 +92,9 @@ class Agent:
             self._lines.close()
             raise
 
-    def execute(self, command: str) -> Any:
-        """Run a command without arguments. Raises MonitorError, MonitorGoneError."""
-        self._lines.send({"execute": command})
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """Run a command. ``_`` in argument names stands for ``-``. Raises MonitorError, MonitorGoneError."""
+        self.send(command, **arguments)
         answer = self._lines.receive(self._lines.deadline())
         if "return" in answer:
             return answer["return"]
@@ -102,9 +102,20 @@ class Agent:
         text = error.get("desc") if isinstance(error, dict) else "no answer"
         raise MonitorError(f"the guest agent refuses {command}: {text}", path=self._lines.path)
 
+    def send(self, command: str, **arguments: Any) -> None:
+        """Send a command that may have no answer. Raises MonitorGoneError."""
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        self._lines.send({"execute": command, "arguments": named} if named else {"execute": command})
+
     def close(self) -> None:
         """Hang up."""
         self._lines.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 def hold(path: str, seconds: float, stdin: IO[str], stdout: IO[str]) -> None:

@@ -37,6 +37,7 @@ class DiskSpec:
     path: Path | None = None
     format: str = "raw"
     bitmap: str | None = None
+    sector_size: int = 512  # bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,189 @@
+"""Recovery as files: each disk of a machine in the format that a hypervisor takes, and a description beside them.
+
+Nothing is run here: a person, or a program that knows the hypervisor, makes a machine of what is in the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from replica.errors import PlatformError
+from replica.generation.image import Image
+from replica.host import Host
+from replica.hydrate import SUFFIXES
+from replica.nbd.disk import NbdDisk
+from replica.nbd.wire import Address, NbdError, TcpAddress, UnixAddress
+from replica.platforms import servant
+from replica.platforms.folder import MachineFolder, MachineFolders
+from replica.platforms.platform import DiskSpec, DiskState, GuestChannel, MachineSpec, PlatformName, Power
+from vhdx.convert import ConvertFormat, convert_disk
+from vhdx.disk import Disk
+from vhdx.progress import Progress, silent
+
+GUIDE: Final = "START.txt"
+
+
+class FilesPlatform:
+    """The platform ``files``; see ``replica.platforms.platform.Platform`` for the contract.
+
+    A machine's disks are made by ``hydrate``, which returns once they are whole.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        *,
+        format: ConvertFormat = "vhdx",  # noqa: A002 - what everyone calls it
+        progress: Progress = silent,
+    ) -> None:
+        """Keep machines below the host's state folder, their disks as ``format``."""
+        self._folders = MachineFolders(host, "files")
+        self._format: ConvertFormat = format
+        self._progress = progress
+
+    @property
+    def name(self) -> PlatformName:
+        """The platform's name."""
+        return "files"
+
+    def folder(self, name: str) -> MachineFolder:
+        """Return the machine's folder, defined or not."""
+        return self._folders.of(name)
+
+    def names(self) -> list[str]:
+        """Return the names of all machines that are defined."""
+        return self._folders.names()
+
+    def define(self, spec: MachineSpec) -> None:
+        """Make the machine's folder and its description. One that is defined otherwise is replaced, disks too."""
+        with self._folders.held(spec.name) as folder:
+            if folder.is_defined() and folder.read() == spec:
+                return
+            folder.make()
+            with folder.errors("make the machine"):
+                folder.description.unlink(missing_ok=True)
+                for path in folder.path.glob("disk-*"):
+                    path.unlink()
+            folder.write_file(GUIDE, f"{self.guide(spec)}\n".encode())
+            folder.write(spec)
+
+    def start(self, name: str) -> None:
+        """Refuse, and say how a machine is made of the files. Raises PlatformError."""
+        spec = self.folder(name).read()
+        raise PlatformError(
+            "these are files, and a hypervisor is needed to start them",
+            path=str(self.folder(name).path),
+            hint=self.guide(spec),
+        )
+
+    def stop(self, name: str, *, force: bool = False, timeout_seconds: float = 120) -> None:
+        """Refuse: whatever was made of the files is not known here. Raises PlatformError."""
+        del force, timeout_seconds
+        raise PlatformError(
+            "these are files: what was started from them is not known here",
+            path=str(self.folder(name).path),
+            hint="stop the machine where you started it",
+        )
+
+    def power(self, name: str) -> Power:
+        """Return OFF for files that are there."""
+        return Power.OFF if self.folder(name).is_defined() else Power.GONE
+
+    def disks(self, name: str) -> tuple[DiskState, ...]:
+        """Return the files of the disks, those that are whole and those to come."""
+        folder = self.folder(name)
+        found = []
+        for disk in folder.read().disks:
+            path = self._path(folder, disk)
+            whole = path.exists()  # a file has its name once it is whole
+            found.append(DiskState(disk.number, str(path), whole, 0 if whole else disk.size))
+        return tuple(found)
+
+    def hydrate(self, name: str) -> None:
+        """Make the disks that are not there yet, and return once they are whole. Raises PlatformError."""
+        with self._folders.held(name) as folder:
+            missing = [disk for disk in folder.read().disks if not self._path(folder, disk).exists()]
+            if missing:
+                servant.ensure(folder.path)
+            for disk in missing:
+                with folder.errors(f"make disk {disk.number}"), _opened(disk) as source:
+                    convert_disk(source, self._path(folder, disk), format=self._format, progress=self._progress)
+            servant.end(folder.path)
+
+    def channel(self, name: str) -> GuestChannel | None:
+        """Return None: nothing runs here."""
+        return None
+
+    def screenshot(self, name: str) -> bytes | None:
+        """Return None: nothing runs here."""
+        return None
+
+    def delete(self, name: str) -> None:
+        """Remove the folder with all files."""
+        with self._folders.held(name) as folder:
+            servant.end(folder.path)
+            folder.remove()
+
+    def guide(self, spec: MachineSpec) -> str:
+        """Return how a machine is made of the files."""
+        folder = self.folder(spec.name)
+        paths = [self._path(folder, disk) for disk in spec.disks]
+        firmware = "UEFI" if spec.machine.generation == 2 else "BIOS"
+        if self._format.startswith("vhd"):
+            return _hyperv_lines(spec, paths)
+        return (
+            f"make a machine with {firmware} firmware, {spec.machine.cpus} processors and "
+            f"{spec.machine.memory_bytes >> 20} MiB of memory, and give it {', '.join(map(str, paths))}"
+        )
+
+    def _path(self, folder: MachineFolder, disk: DiskSpec) -> Path:
+        return folder.path / f"disk-{disk.number}{SUFFIXES[self._format]}"
+
+
+def _hyperv_lines(spec: MachineSpec, paths: list[Path]) -> str:
+    """Return the lines of PowerShell that make the machine on a Hyper-V host, from files copied to it."""
+    quoted = [f"'{str(path).replace(chr(39), chr(39) * 2)}'" for path in paths]
+    name = "'" + spec.vm_name.replace("'", "''") + "'"
+    memory = spec.machine.memory_bytes >> 20
+    disk = f" -VHDPath {quoted[0]}" if quoted else " -NoVHD"
+    lines = [
+        f"New-VM -Name {name} -Generation {spec.machine.generation} -MemoryStartupBytes {memory}MB{disk}",
+        f"Set-VMProcessor -VMName {name} -Count {spec.machine.cpus}",
+    ]
+    if spec.machine.generation == 2 and not spec.machine.secure_boot:
+        lines.append(f"Set-VMFirmware -VMName {name} -EnableSecureBoot Off")
+    lines += [f"Add-VMHardDiskDrive -VMName {name} -Path {path}" for path in quoted[1:]]
+    macs = [(number, nic.mac.replace(":", "")) for number, nic in enumerate(spec.machine.nics) if nic.mac]
+    if macs:
+        lines.append(f"Set-VMNetworkAdapter -VMName {name} -StaticMacAddress {macs[0][1]}")
+    return "; ".join([*lines, f"Start-VM -Name {name}"])
+
+
+@contextmanager
+def _opened(disk: DiskSpec) -> Iterator[Disk]:
+    """Open what the disk is to be made from. Raises PlatformError, DiskError."""
+    if disk.url is None:
+        if disk.path is None:
+            raise PlatformError(f"disk {disk.number} is given neither as an address nor as a file")
+        with Image(disk.path, disk.format).opened() as image:
+            yield image
+        return
+    address, export = _address(disk.url)
+    try:
+        with NbdDisk(address, export) as served:
+            served.sector_size = disk.sector_size
+            yield served
+    except NbdError as error:
+        raise PlatformError(f"disk {disk.number} cannot be read: {error}", path=disk.url, hint=error.hint) from error
+
+
+def _address(url: str) -> tuple[Address, str]:
+    parts = urlsplit(url)
+    export = unquote(parts.path.removeprefix("/"))
+    if parts.scheme == "nbd+unix":
+        return UnixAddress(parse_qs(parts.query)["socket"][0]), export
+    return TcpAddress(parts.hostname or "localhost", parts.port or 10809), export

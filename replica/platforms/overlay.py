@@ -1,0 +1,96 @@
+"""A machine's own disk: a qcow2 over an NBD export or a file, which becomes whole by hydration; made by qemu-img."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from replica.errors import PlatformError
+from replica.platforms.platform import DiskSpec
+
+PROGRAM: Final = "qemu-img"
+SECONDS: Final = 120.0
+# A server that ended is waited for this long before the guest is told (and stopped): time to start another.
+RECONNECT_SECONDS: Final = 30
+BITMAP_GRANULARITY_BYTES: Final = 65536
+
+_HEADER = struct.Struct(">4sIQ")  # magic, version, place of the backing file's name
+assert _HEADER.size == 16
+
+
+def backing_node(disk: DiskSpec) -> dict[str, Any]:
+    """Return the node below the machine's own disk. Raises PlatformError."""
+    if disk.url is not None:
+        return {"driver": "raw", "read-only": True, "file": _nbd(disk.url)}
+    if disk.path is None:
+        raise PlatformError(f"disk {disk.number} is given neither as an address nor as a file")
+    file = {"driver": "file", "filename": str(disk.path), "read-only": True}
+    if disk.format == "vhd":  # by its header's size: QEMU would reckon with cylinders, heads and sectors
+        return {"driver": "vpc", "force-size-calc": "current_size", "read-only": True, "file": file}
+    return {"driver": disk.format, "read-only": True, "file": file}
+
+
+def _nbd(url: str) -> dict[str, Any]:
+    parts = urlsplit(url)
+    sockets = parse_qs(parts.query).get("socket", [])
+    if parts.scheme == "nbd+unix" and len(sockets) == 1:
+        server = {"type": "unix", "path": sockets[0]}
+    elif parts.scheme == "nbd" and parts.hostname:
+        server = {"type": "inet", "host": parts.hostname, "port": str(parts.port or 10809)}
+    else:
+        raise PlatformError(f"{url!r} is no NBD address", hint="write nbd+unix:///EXPORT?socket=PATH")
+    return {
+        "driver": "nbd",
+        "server": server,
+        "export": unquote(parts.path.removeprefix("/")),
+        "reconnect-delay": RECONNECT_SECONDS,
+        "open-timeout": RECONNECT_SECONDS,
+        "read-only": True,
+    }
+
+
+def create(path: Path, disk: DiskSpec) -> None:
+    """Make the machine's own disk at ``path``: empty, over what it is made over, its bitmap recording.
+
+    What is below is not opened. Raises PlatformError.
+    """
+    node = backing_node(disk)
+    _run("create", "-q", "-f", "qcow2", str(path), str(disk.size))
+    if disk.bitmap is not None:
+        _run("bitmap", "-f", "qcow2", "--add", "-g", str(BITMAP_GRANULARITY_BYTES), str(path), disk.bitmap)
+    # Only now: the bitmap's maker would open the backing file.
+    _run("rebase", "-q", "-u", "-f", "qcow2", "-F", node["driver"], "-b", f"json:{json.dumps(node)}", str(path))
+
+
+def is_hydrated(path: Path) -> bool:
+    """Whether the machine's own disk stands by itself. Raises PlatformError."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEADER.size)
+    except OSError as error:
+        raise PlatformError(f"cannot read the machine's disk: {error.strerror}", path=str(path)) from error
+    if len(head) < _HEADER.size or not head.startswith(b"QFI\xfb"):
+        raise PlatformError("the machine's disk is no qcow2 any more", path=str(path), hint="delete the machine")
+    return bool(_HEADER.unpack(head)[2] == 0)
+
+
+def _run(*arguments: str) -> None:
+    program = shutil.which(PROGRAM)
+    if program is None:
+        raise PlatformError(f"{PROGRAM} is needed and not installed", hint="install qemu-utils")
+    try:
+        done = subprocess.run(
+            [program, *arguments], stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False
+        )
+    except (OSError, ValueError) as error:
+        raise PlatformError(f"{program} cannot be run: {error}") from error
+    except subprocess.TimeoutExpired as error:
+        raise PlatformError(f"{PROGRAM} {arguments[0]} does not end") from error
+    if done.returncode:
+        said = (done.stderr or done.stdout).decode("utf-8", "replace").strip()[:2000]
+        raise PlatformError(f"{PROGRAM} {arguments[0]} failed: {said}", path=arguments[-1])
