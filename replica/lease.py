@@ -183,17 +183,20 @@ class Lease:
         self._renewed = self._host.clock.monotonic()
 
 
-def acquire(store: Store, keys: VmKeys, host: Host, *, sole_on_host: bool, take_over: bool = False) -> Lease:
+def acquire(store: Store, keys: VmKeys, host: Host, *, sole_on_host: bool, take_over: int | None = None) -> Lease:
     """Take the lease under a new epoch.
 
     ``sole_on_host``: no other process of this machine works on the VM, so that a lease of this machine is a dead one's.
-    ``take_over``: whoever holds it is to publish nothing more, although its term has not run out; the fence sees to it.
+    ``take_over``: whoever holds it while that version of the settings is in force is to publish nothing more, although
+    its term has not run out; the fence sees to it.
     Raises LeaseHeldError where another agent's term has not run out or it was faster.
     """
     before, tag = read(store, keys)
     now = host.clock.now()
     holder = before.holder
-    dead = take_over or (sole_on_host and holder is not None and holder.host_id == host.host_id)
+    dead = before.settings_version == take_over or (
+        sole_on_host and holder is not None and holder.host_id == host.host_id
+    )
     if before.held and before.expires_at > now and not dead:
         name = holder.host_name if holder else "another machine"
         raise LeaseHeldError(
@@ -220,7 +223,7 @@ def acquire(store: Store, keys: VmKeys, host: Host, *, sole_on_host: bool, take_
 
 
 @contextmanager
-def holding(store: Store, keys: VmKeys, host: Host, *, take_over: bool = False) -> Iterator[Lease]:
+def holding(store: Store, keys: VmKeys, host: Host, *, take_over: int | None = None) -> Iterator[Lease]:
     """Hold the lease while the context lasts; release it at the end, with leftovers noted if the end is an error.
 
     ``take_over`` as for ``acquire``.

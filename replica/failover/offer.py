@@ -23,7 +23,7 @@ class Offer:
     is_local: bool = True
 
     def generation(self, own: Generation, wanted: Generation | None) -> Generation:
-        """Return what a machine is to start as: what is ``wanted``, else its ``own`` if that can be. Raises UsageError."""
+        """Return what a machine starts as: what is ``wanted``, else its ``own`` if that can be. Raises UsageError."""
         if wanted is not None:
             if wanted not in self.generations:
                 known = " and ".join(map(str, self.generations))

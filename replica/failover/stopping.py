@@ -23,6 +23,7 @@ from vhdx.osfile import open_file
 
 SHUTDOWN_SECONDS: Final = 300.0
 POLL_SECONDS: Final = 0.5
+ASK_AGAIN_SECONDS: Final = 10.0  # a guest that still starts up does not hear the power button
 
 
 class Stopped(Protocol):
@@ -133,6 +134,7 @@ def _stop_qemu(path: str, timeout_seconds: float, sleep: Callable[[float], None]
                     path=socket,
                     hint="shut the VM down, protect its disk files by 'godwit protect --update', and fail over again",
                 ) from error
+            ask_at = time.monotonic()
             while monitor.execute("query-status").get("status") != "shutdown":
                 if time.monotonic() > deadline:
                     raise SourceError(
@@ -140,7 +142,9 @@ def _stop_qemu(path: str, timeout_seconds: float, sleep: Callable[[float], None]
                         path=socket,
                         hint="shut it down from inside, and fail over again; or say --unplanned",
                     )
-                monitor.execute("system_powerdown")  # again and again: one that still starts up does not hear it
+                if time.monotonic() >= ask_at:
+                    monitor.execute("system_powerdown")
+                    ask_at = time.monotonic() + ASK_AGAIN_SECONDS
                 sleep(POLL_SECONDS)
     except MonitorGoneError as error:
         raise SourceError(
@@ -183,7 +187,8 @@ def _stop_domain(path: str, timeout_seconds: float, sleep: Callable[[float], Non
     address = LibvirtAddress.parse(path)
     domain = _Domain(address.connect, address.domain)
     virsh = Virsh(address.connect)
-    deadline = time.monotonic() + timeout_seconds
+    ask_at = time.monotonic()
+    deadline = ask_at + timeout_seconds
     while not domain.is_off():
         if time.monotonic() > deadline:
             raise SourceError(
@@ -191,11 +196,12 @@ def _stop_domain(path: str, timeout_seconds: float, sleep: Callable[[float], Non
                 path=address.domain,
                 hint="shut it down from inside, and fail over again; or say --unplanned",
             )
-        try:
-            virsh.ask("shutdown", "--domain", address.domain)
-        except VirshRefusedError:
-            if domain.is_off():
-                break
-            raise
+        if time.monotonic() >= ask_at:
+            ask_at = time.monotonic() + ASK_AGAIN_SECONDS
+            try:
+                virsh.ask("shutdown", "--domain", address.domain)
+            except VirshRefusedError:
+                if not domain.is_off():
+                    raise
         sleep(POLL_SECONDS)
     return domain

@@ -21,8 +21,8 @@ from replica.model import Identity, Point, Settings, Standing, State
 from replica.stores.store import Store
 
 ASK_AGAIN_SECONDS: Final = 1.0
-# In these a lease that is held is that of an operator, who has the same in mind; else it is that of a cycle.
-_UNDER_WAY: Final = frozenset({Standing.FAILING_OVER, Standing.FAILING_BACK})
+# In these a lease that is held is most likely that of a cycle; else it is that of an operator.
+_REPLICATED: Final = frozenset({Standing.PROTECTED, Standing.REPROTECTED})
 
 
 class Turn:
@@ -93,20 +93,20 @@ def turn(
     A cycle that is at work is waited for, as long as ``wait_seconds``, or with ``take_over`` is fenced off: it
     publishes nothing more. Raises StandingError, LeaseHeldError where an operator or a cycle is at work.
     """
-    state = catalog.settings_in_force(store, found).state
-    transitions.require(found.vm.name, state, command)  # before anything is written
-    is_cycles = state.standing not in _UNDER_WAY
+    settings = catalog.settings_in_force(store, found)
+    transitions.require(found.vm.name, settings.state, command)  # before anything is written
+    is_cycles = settings.state.standing in _REPLICATED
+    # Not from whoever was faster to change the standing: that is another version then.
+    overthrown = settings.version if take_over and is_cycles else None
     retrying = Retrying(
         retry=retry_if_exception_type(LeaseHeldError),
-        stop=stop_after_delay(wait_seconds if is_cycles and not take_over else 0),
+        stop=stop_after_delay(wait_seconds if is_cycles else 0),
         wait=wait_fixed(ASK_AGAIN_SECONDS),
         sleep=sleep,
         reraise=True,
     )
     with ExitStack() as stack:
-        held = retrying(
-            lambda: stack.enter_context(lease.holding(store, found.keys, host, take_over=take_over and is_cycles))
-        )
+        held = retrying(lambda: stack.enter_context(lease.holding(store, found.keys, host, take_over=overthrown)))
         newest = history.begin(store, found.keys, host, held)  # whoever held it before publishes nothing more
         taken = Turn(store, host, found, held, newest)
         transitions.require(found.vm.name, taken.state, command)
