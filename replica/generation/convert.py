@@ -25,7 +25,7 @@ from vhdx.bulk import file_exists
 from vhdx.convert import ConvertFormat
 from vhdx.disk import Disk
 from vhdx.errors import OsError
-from vhdx.osfile import OS_FILES, translated
+from vhdx.osfile import OS_FILES, Files, translated
 from vhdx.progress import Progress, silent
 from vhdx.temporary import temporary_path
 
@@ -83,6 +83,7 @@ def convert_generation(
     discard_hibernation: bool = False,
     largest_sectors: int | None = None,
     progress: Progress = silent,
+    files: Files = OS_FILES,
 ) -> GenerationChange:
     """Convert the OS disk at ``path``: as an overlay on it, as a whole copy of ``format``, or ``in_place``.
 
@@ -92,11 +93,11 @@ def convert_generation(
     """
     image = Image.find(path, folders=folders)
     if in_place and not dry_run:
-        finished = finish_interrupted(image)
+        finished = finish_interrupted(image, files)
         if finished is not None and to == 2:
             return GenerationChange(path, path, None, finished)
         if to == 1:
-            take_back_interrupted(image)
+            take_back_interrupted(image, files)
     with image.opened() as disk:
         saved = _manifest_for(image, disk, to, manifest)
         if saved is None:
@@ -105,7 +106,7 @@ def convert_generation(
             plan = plan_uefi(disk, saved)
         if dry_run or plan.overlay is None:
             return GenerationChange(path, None, None, plan)
-        change = _Change(image, disk.size, plan, saved or plan.require_manifest(), list(plan.groups()))
+        change = _Change(image, disk.size, plan, saved or plan.require_manifest(), list(plan.groups()), files)
     if in_place:
         change.in_place()
         target = path
@@ -124,18 +125,19 @@ class _Change:
     plan: Plan
     manifest: Manifest  # of the way there, in either direction
     groups: list[list[tuple[int, bytes]]]
+    files: Files
 
     def in_place(self) -> None:
         """Write into the image, group by group; the manifest goes before, on the way back one of that."""
         path = self.image.path
         if self.plan.manifest is not None:
-            write_manifest(manifest_path(path), self.plan.manifest, overwrite=False)
+            write_manifest(manifest_path(path), self.plan.manifest, overwrite=False, files=self.files)
         else:
-            write_manifest(journal_path(path), self._journal(), overwrite=True)
-        write_in_place(self.image, self.groups)
+            write_manifest(journal_path(path), self._journal(), overwrite=True, files=self.files)
+        write_in_place(self.image, self.groups, files=self.files)
         self._check(self.image, "the disk was written; take it back, or restore it from a recovery point")
         if self.plan.manifest is None:
-            _forget(path)
+            _forget(path, self.files)
 
     def _journal(self) -> Manifest:
         overlay = self.plan.require()
@@ -195,30 +197,30 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest.decode(data, name=str(path))
 
 
-def write_manifest(path: Path, manifest: Manifest, *, overwrite: bool) -> None:
+def write_manifest(path: Path, manifest: Manifest, *, overwrite: bool, files: Files = OS_FILES) -> None:
     """Write it durably, before anything that needs it."""
     finished = temporary_path(path)
     try:
-        file = OS_FILES.open(finished, create=True)
+        file = files.open(finished, create=True)
         try:
             file.pwrite(0, manifest.encode())
             file.fsync()
         finally:
             file.close()
         if overwrite:
-            OS_FILES.replace(finished, path)
-        elif not OS_FILES.link_exclusive(finished, path):
+            files.replace(finished, path)
+        elif not files.link_exclusive(finished, path):
             raise OsError(
                 "there is a conversion manifest already: the disk was converted before",
                 path=str(path),
                 hint="take the disk back with --to gen2 first, or move the manifest away",
             )
     except BaseException:
-        OS_FILES.remove(finished)
+        files.remove(finished)
         raise
 
 
-def finish_interrupted(image: Image) -> Plan | None:
+def finish_interrupted(image: Image, files: Files = OS_FILES) -> Plan | None:
     """Finish a way back in place that was cut off after its switch; None where none was.
 
     One that was cut off before it is forgotten: the disk starts as Generation 1 still, and can be planned anew.
@@ -231,16 +233,18 @@ def finish_interrupted(image: Image) -> Plan | None:
     with image.opened() as disk:
         switch = journal.component(SWITCH)
         if switch is None or disk.size != journal.size or not switch.stands(disk):
-            OS_FILES.remove(path)
+            files.remove(path)
             return None
         _refuse_used(image, disk, journal, path)
         plan = Plan(2, inspect(disk), Overlay(disk), TO_UEFI_ORDER, (), ("A way back that was cut off is finished.",))
-    write_in_place(image, [[(one.offset, one.after) for one in part.ranges] for part in journal.components])
-    _forget(image.path)
+    write_in_place(
+        image, [[(one.offset, one.after) for one in part.ranges] for part in journal.components], files=files
+    )
+    _forget(image.path, files)
     return plan
 
 
-def take_back_interrupted(image: Image) -> None:
+def take_back_interrupted(image: Image, files: Files = OS_FILES) -> None:
     """Take back a conversion in place that was cut off before its switch, so that it can begin anew.
 
     Until the switch the disk starts as it did: what was written before it goes back to what stood there, where it
@@ -256,8 +260,8 @@ def take_back_interrupted(image: Image) -> None:
             return  # it is in force
         _refuse_used(image, disk, manifest, path)
     undone = [(one.offset, one.before) for part in reversed(manifest.components) for one in part.ranges]
-    write_in_place(image, [undone])
-    OS_FILES.remove(path)
+    write_in_place(image, [undone], files=files)
+    files.remove(path)
 
 
 def _refuse_used(image: Image, disk: Disk, manifest: Manifest, path: Path) -> None:
@@ -275,8 +279,8 @@ def _refuse_used(image: Image, disk: Disk, manifest: Manifest, path: Path) -> No
                     )
 
 
-def _forget(path: Path) -> None:
+def _forget(path: Path, files: Files) -> None:
     """Remove what was kept for a conversion that is taken back: its manifest first, then the journal of the way."""
     for kept in (manifest_path(path), journal_path(path)):
         if kept.exists():
-            OS_FILES.remove(kept)
+            files.remove(kept)

@@ -18,7 +18,7 @@ from vhdx.create import create_disk
 from vhdx.disk import Disk
 from vhdx.errors import UnsupportedDiskError
 from vhdx.formats import chain_of, detect_format, open_disk
-from vhdx.osfile import OS_FILES
+from vhdx.osfile import OS_FILES, Files
 from vhdx.progress import Progress, silent
 from vhdx.temporary import temporary_path
 from vhdx.writer import open_writable
@@ -60,13 +60,13 @@ class Image:
                 yield disk
 
 
-def write_in_place(image: Image, groups: Iterable[Ranges]) -> None:
+def write_in_place(image: Image, groups: Iterable[Ranges], *, files: Files = OS_FILES) -> None:
     """Write into the image itself, each group durable before the next begins. Raises DiskError."""
     if image.format == "qcow2":
         for ranges in groups:
             qcow2.write_ranges(image.path, ranges)
         return
-    with open_disk(image.path, writable=True, format=image.format, allowed_folders=image.folders) as disk:
+    with open_disk(image.path, writable=True, format=image.format, allowed_folders=image.folders, files=files) as disk:
         for ranges in groups:
             for offset, data in ranges:
                 disk.write_at(offset, data)
