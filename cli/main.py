@@ -38,6 +38,7 @@ COMMANDS: dict[str, LazyCommand] = {
     "pin": LazyCommand("cli.housekeeping:pin", "Keep a recovery point whatever the retention rule says."),
     "unpin": LazyCommand("cli.housekeeping:unpin", "Leave a recovery point to the retention rule again."),
     "key": LazyCommand("cli.key:key", "Make and care for a tenant's encryption key."),
+    "guest": LazyCommand("cli.guest:guest", "Reach into the guest of a recovery machine without a network."),
     "convert": LazyCommand("cli.conversion:convert", "Convert an OS disk between Generation 2 and 1."),
     "inspect": LazyCommand("cli.conversion:inspect", "Look at an OS disk: its system, and whether it converts."),
     "disk": LazyCommand("cli.disk:disk", "Inspect, check, convert and change disk images."),

@@ -23,6 +23,11 @@ _HEADER = struct.Struct(">4sIQ")  # magic, version, place of the backing file's 
 assert _HEADER.size == 16
 
 
+def disk_name(number: int) -> str:
+    """Return the name of the file of a machine's own disk, in its folder."""
+    return f"disk-{number}.qcow2"
+
+
 def backing_node(disk: DiskSpec) -> dict[str, Any]:
     """Return the node below the machine's own disk. Raises PlatformError."""
     if disk.url is not None:

@@ -8,13 +8,13 @@ from typing import Final
 from replica.errors import UsageError
 from replica.host import Host
 from replica.platforms.files import FilesPlatform
-from replica.platforms.platform import Platform, PlatformName
+from replica.platforms.platform import Platform
 from replica.platforms.qemu import QemuPlatform
 
-_PLATFORMS: Final[dict[PlatformName, Callable[[Host], Platform]]] = {"qemu": QemuPlatform, "files": FilesPlatform}
+_PLATFORMS: Final[dict[str, Callable[[Host], Platform]]] = {"qemu": QemuPlatform, "files": FilesPlatform}
 
 
-def open_platform(name: PlatformName, host: Host) -> Platform:
+def open_platform(name: str, host: Host) -> Platform:
     """Return the platform of that name on this host. Raises UsageError where there is none."""
     try:
         return _PLATFORMS[name](host)

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -28,7 +28,7 @@ from replica.errors import GodwitError, PlatformError
 from replica.generation.patched import Conversion
 from replica.host import this_host
 from replica.nbd.connection import connect_unix
-from replica.nbd.wire import UnixAddress
+from replica.nbd.wire import NbdGoneError, UnixAddress
 from replica.platforms.folder import MachineFolder
 from replica.platforms.overlay import is_hydrated
 from replica.platforms.process import Owned, start
@@ -76,14 +76,22 @@ def url(folder: Path, disk: int) -> str:
 def prepare(folder: MachineFolder, spec: ServantSpec, conversion: Conversion | None = None) -> None:
     """Write what the server is to know, and the conversion that lies over the disks. Raises PlatformError.
 
-    Without ``conversion`` the server plans it by itself where ``spec.generation`` asks for one.
+    Without ``conversion`` the server plans it by itself where ``spec.generation`` asks for one. One that serves
+    something else is ended.
     """
     folder.make()
-    document = asdict(spec)
+    files = {}
     if conversion is not None and conversion.manifest is not None:
-        folder.write_file(MANIFEST, conversion.manifest.encode())
-        document["converted_disk"] = conversion.disk
-    folder.write_file(CONFIGURATION, json.dumps(document, indent=1).encode())
+        files[MANIFEST] = conversion.manifest.encode()
+        spec = replace(spec, converted_disk=conversion.disk)
+    files[CONFIGURATION] = json.dumps(asdict(spec), indent=1).encode()
+    with folder.errors("look at what was served before"):
+        paths = {folder.path / name: content for name, content in files.items()}
+        if all(path.exists() and path.read_bytes() == content for path, content in paths.items()):
+            return
+    end(folder.path)
+    for name, content in files.items():
+        folder.write_file(name, content)
 
 
 def ensure(folder: Path, *, environment: Mapping[str, str] | None = None) -> None:
@@ -196,7 +204,7 @@ def serve(folder: Path, ended: threading.Event) -> None:
         generation=spec.generation,
         conversion=_conversion(folder, spec),
         workers=loaded.workers,
-        report=lambda error: remarks.add(str(error)),
+        report=lambda error: None if isinstance(error, (NbdGoneError, ConnectionError)) else remarks.add(str(error)),
     ) as serving:
         remarks.add(f"serving point {serving.point} of {serving.vm} as Generation {serving.generation}")
         while not ended.wait(LOOK_SECONDS):

@@ -14,8 +14,8 @@ from replica.host import Host, this_host
 from replica.model import Machine, Nic
 from replica.platforms import servant
 from replica.platforms.folder import MachineFolder
+from replica.platforms.overlay import disk_name
 from replica.platforms.platform import DiskSpec, MachineSpec
-from replica.platforms.qemu.files import disk_name
 from replica.stores.address import open_store
 from replica.stores.store import Store
 

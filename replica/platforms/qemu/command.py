@@ -45,7 +45,7 @@ def command_line(
             "-m",
             f"size={max(1, spec.machine.memory_bytes // MIB)}M",
         ),
-        *("-uuid", str(uuid.uuid5(_MACHINES, spec.name))),
+        *("-uuid", str(bios_uuid(spec.name))),
         *("-nodefaults", "-no-user-config", "-display", "none", "-vga", "std"),
         *("-daemonize", "-pidfile", str(files.process.pid_file)),
         *_socket("monitor", files.monitor),
@@ -82,6 +82,11 @@ def block_node(disk: DiskSpec, files: QemuFiles, *, backed: bool) -> dict[str, A
 def node_name(number: int) -> str:
     """Return the name of the block node that the guest's disk stands on."""
     return f"disk{number}"
+
+
+def bios_uuid(name: str) -> uuid.UUID:
+    """Return the UUID that the machine's firmware tells its guest: the same at every start."""
+    return uuid.uuid5(_MACHINES, name)
 
 
 def firmware() -> tuple[Path, Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from replica.errors import PlatformError
 from replica.nbd.server import LONGEST_SOCKET_NAME_BYTES
 from replica.platforms.folder import MachineFolder
+from replica.platforms.overlay import disk_name
 from replica.platforms.process import Owned
 
 
@@ -75,8 +76,3 @@ class QemuFiles:
                 path=str(self.folder.path),
                 hint="choose a shorter state folder with GODWIT_STATE",
             )
-
-
-def disk_name(number: int) -> str:
-    """Return the name of the file of a machine's own disk."""
-    return f"disk-{number}.qcow2"

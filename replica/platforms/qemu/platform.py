@@ -18,13 +18,14 @@ from typing import Final
 
 from replica.errors import PlatformError
 from replica.host import Host
+from replica.model import Identity
 from replica.monitor import Monitor, MonitorError, MonitorGoneError
 from replica.platforms import overlay, servant
 from replica.platforms.channel import AgentChannel
 from replica.platforms.folder import MachineFolder, MachineFolders
 from replica.platforms.platform import DiskState, MachineSpec, PlatformName, Power
 from replica.platforms.qemu import hydration
-from replica.platforms.qemu.command import command_line, firmware, node_name
+from replica.platforms.qemu.command import bios_uuid, command_line, firmware, node_name
 from replica.platforms.qemu.files import QemuFiles
 from replica.platforms.qemu.screen import LARGEST_PICTURE_BYTES, png_of
 from replica.qemu import LiveAddress
@@ -257,6 +258,12 @@ class QemuPlatform:
         with folder.errors("read the console"):
             path = QemuFiles(folder).console
             return path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
+
+    def identity(self, name: str) -> Identity:
+        """Return by what the machine is known. Raises PlatformError."""
+        spec = self.folder(name).read()
+        macs = () if spec.isolated else tuple(nic.mac for nic in spec.machine.nics if nic.mac)
+        return Identity("qemu", name, str(bios_uuid(name)), macs)
 
     def delete(self, name: str) -> None:
         """Stop it and remove all that it wrote; see ``Platform.delete``."""
