@@ -7,12 +7,15 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from replica.catalog import DEFAULT_TENANT
 from replica.errors import ConfigurationError, UsageError
 from replica.keys import check_tenant
 from replica.workers import Workers, default_workers
+
+if TYPE_CHECKING:
+    from replica.daemon.terms import AgentTerms
 
 FILE_NAME: Final = "godwit.toml"
 SETTINGS: Final = (
@@ -24,6 +27,7 @@ SETTINGS: Final = (
     "key_file",
     "key_command",
     "require_encryption",
+    "agent",
 )
 
 
@@ -39,6 +43,7 @@ class Configuration:
     key_file: Path | None = None
     key_command: str | tuple[str, ...] | None = None
     require_encryption: bool = False
+    agent: AgentTerms | None = None  # None where the file says nothing of it
 
 
 def load(
@@ -70,12 +75,21 @@ def load(
         key_file=known.take("key_file", _path, None),
         key_command=known.take("key_command", _command, None),
         require_encryption=known.take("require_encryption", _truth, False),
+        agent=_agent(values["agent"], mistakes) if "agent" in values else None,
     )
     mistakes += [
         f"{name!r} is not a setting: there are {', '.join(SETTINGS)}" for name in values if name not in SETTINGS
     ]
     if mistakes:
         raise ConfigurationError("; ".join(sorted(mistakes)), path=str(path), hint="correct the file and try again")
+    return found
+
+
+def _agent(value: Any, mistakes: list[str]) -> AgentTerms:
+    from replica.daemon import terms  # noqa: PLC0415 - only the agent needs it, and time zones take time to import
+
+    found, wrong = terms.read(value)
+    mistakes += wrong
     return found
 
 
