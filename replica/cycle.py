@@ -11,7 +11,8 @@ from replica import catalog, history, holds, lease
 from replica.block import Digest
 from replica.blockmap import BlockMap
 from replica.catalog import ProtectedVm
-from replica.failover import transitions
+from replica.failback.departure import Departure, departure
+from replica.failover import conversions, transitions
 from replica.failover.transitions import Command
 from replica.host import Host
 from replica.keys import VmKeys
@@ -210,6 +211,21 @@ class _Cycle:
             sources=tuple(sorted(self._settings.sources, key=lambda one: one.number)),
             before={disk.number: disk for disk in (self._previous.disks if self._previous else ())},
             randomness=self._host.randomness,
+            based_on=self._previous.point if self._previous else 0,
+            departure=self._departure(),
+        )
+
+    def _departure(self) -> Departure | None:
+        """Return where a recovery machine's first delta begins, as long as that is from the newest point."""
+        reverse = self._settings.state.reverse
+        if reverse is None:
+            return None
+        if self._previous is None or self._previous.point != reverse.point:  # its manifests need not be read any more
+            return Departure(reverse.point, reverse.bitmap)
+        return departure(
+            reverse.point,
+            reverse.bitmap,
+            [(one.disk, conversions.read(self._store, self._found, one)) for one in reverse.conversions],
         )
 
     def _compare_all(self, disks: list[_Tracked], known: BlockMap, packer: Packer) -> tuple[DiskRecord, ...]:

@@ -4,7 +4,8 @@ For the time of a cycle QEMU copies what the guest is about to overwrite into a 
 copies nothing else), and the overlay is read over NBD. One transaction over all disks begins that, puts a new bitmap
 in place and stops the one in use. The newest point's manifest names the bitmap that records since that point. A bitmap
 is never dropped before another point is published; those of cycles that failed are merged into it by the next. So
-after a failure at any place at most too much is compared, never too little.
+after a failure at any place at most too much is compared, never too little. Of a recovery machine the first cycle has
+the bitmap that was begun before its guest (docs/failover.md, rule 8), which is kept in the disk and is taken over.
 
 All that QEMU is given carries a prefix, by which the next cycle removes what one that was killed left behind.
 Open files are passed through the monitor's socket: QEMU needs no right to any path of ours.
@@ -22,14 +23,17 @@ from typing import Any, Final
 from replica.agent import Quiesced, quiesced
 from replica.block import BLOCK_BYTES, LARGEST_DISK_BYTES
 from replica.errors import SourceError
+from replica.failback.departure import Departure
 from replica.model import Consistency, DiskRecord, SourceDisk
 from replica.monitor import Monitor
 from replica.nbd.disk import NbdDisk
-from replica.qemu import LOOKING, LiveAddress, Machine, attached
+from replica.qemu import LOOKING, LiveAddress, Machine, Node, attached
 from replica.scratch import Overlay, default_scratch_folder, require_room, room_watched
 from replica.source import Instant, OpenSource, Wanted
 from replica.tracking import SCAN, Found
-from vhdx.disk import Disk
+from vhdx.disk import Disk, Extents
+from vhdx.extents import EMPTY, clipped
+from vhdx.extents import merged as joined
 
 BITMAP: Final = "bitmap"  # a found_by, and the name in a manifest's source
 KIND: Final = "qemu"
@@ -111,6 +115,10 @@ class _Bitmaps:
         end = len(self.prefix) + 20
         return name[:end] > than[:end]
 
+    def is_after(self, name: str, point: int) -> bool:
+        """Tell whether a bitmap was made by an attempt after the point of that number."""
+        return self.is_later(name, f"{self.prefix}{point:020}")
+
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
@@ -125,6 +133,7 @@ class _Planned:
     named: str | None = None  # the bitmap that the newest point's manifest names, and that is to be trusted
     merged: list[str] = field(default_factory=list)  # of attempts since
     stale: list[str] = field(default_factory=list)
+    converted: Extents = field(default_factory=EMPTY.copy)  # what differs from the point beside what was recorded
 
     @property
     def done(self) -> list[str]:
@@ -158,7 +167,7 @@ class _Planned:
             about["not_quiesced"] = state.why_not
         found = self.found
         if self.named is not None:
-            found = Found(BITMAP, found.why, partial(disk.changed, self.named))
+            found = Found(BITMAP, found.why, partial(_changed, disk, self.named, self.converted))
         return OpenSource(self.source, disk, found, about)
 
 
@@ -178,8 +187,79 @@ def _plan(vm: Machine, bitmaps: _Bitmaps, wanted: Wanted, source: SourceDisk, ad
     merged = [name for name in ours if named is not None and name != named and bitmaps.is_later(name, named)]
     if named is not None and not all(_is_usable(ours[name]) for name in merged):
         named, merged, why = None, [], "a bitmap of an attempt since cannot be read"
-    stale = [name for name in ours if name != named and name not in merged]
-    return _Planned(source, address, about.size, Found(SCAN, why), about.file, about.format, named, merged, stale)
+    converted = EMPTY
+    if named is None and _begun_with(wanted, about):
+        named, merged, why, converted = _since_departure(vm, bitmaps, wanted, source, address, about)
+    left = _begun_with(wanted, about) if named is not None else []
+    stale = [name for name in (*ours, *left) if name != named and name not in merged]
+    return _Planned(
+        source, address, about.size, Found(SCAN, why), about.file, about.format, named, merged, stale, converted
+    )
+
+
+def _begun_with(wanted: Wanted, about: Node) -> list[str]:
+    """Return the bitmap that was begun with the machine, if the node has it."""
+    start = wanted.departure
+    return [start.bitmap] if start is not None and start.bitmap in about.bitmaps and start.bitmap is not None else []
+
+
+def _since_departure(
+    vm: Machine, bitmaps: _Bitmaps, wanted: Wanted, source: SourceDisk, address: LiveAddress, about: Node
+) -> tuple[str | None, list[str], str, Extents]:
+    """Return the bitmap that was begun with the machine, what is merged into it, why, and what was converted.
+
+    One that cannot be trusted is dropped at once, while nothing else is new: a later attempt must not meet it, stopped,
+    beside a bitmap that this one begins. Raises SourceError.
+    """
+    start = wanted.departure
+    assert start is not None
+    assert start.bitmap is not None
+    since = [name for name in about.bitmaps if name.startswith(bitmaps.prefix) and bitmaps.is_after(name, start.point)]
+    before = wanted.before.get(source.number)
+    doubt = _doubt(about, start, [about.bitmaps[name] for name in since], before, wanted.based_on)
+    if doubt:
+        vm.drop_bitmaps(address.node, [start.bitmap])
+        return None, [], doubt, EMPTY
+    why = f"the disk recorded the writes since the machine was started from point {start.point}"
+    return start.bitmap, since, why, start.ranges(source.number)
+
+
+def _doubt(
+    about: Node, start: Departure, since: Sequence[dict[str, Any]], before: DiskRecord | None, based_on: int
+) -> str:
+    """Return why the bitmap that was begun with the machine cannot be trusted, or nothing.
+
+    It was stopped by us alone, in one step with the beginning of a bitmap of ours, ``since``.
+    """
+    assert start.bitmap is not None
+    state = about.bitmaps[start.bitmap]
+    doubts = (
+        (before is None, "the disk is new"),
+        (
+            based_on != start.point,
+            f"the machine was started from point {start.point}, which is not the newest",
+        ),
+        (
+            bool(state.get("inconsistent") or state.get("busy")),
+            "the bitmap that was begun with the machine cannot be read: QEMU did not end in order",
+        ),
+        (not state.get("recording") and not since, "the bitmap that was begun with the machine was stopped"),
+        (not all(_is_usable(one) for one in since), "a bitmap of an attempt since cannot be read"),
+        (before is not None and before.size != about.size, "the disk's size is another"),
+    )
+    return next((why for is_so, why in doubts if is_so), "")
+
+
+def _changed(disk: NbdDisk, bitmap: str, also: Extents) -> Iterator[Extents]:
+    """Yield the extents that a bitmap marks, and ``also``, in ascending windows."""
+    done = 0
+    for window in disk.changed(bitmap):
+        end = int(window[-1, 1])
+        yield joined([window, clipped(also, done, end)])
+        done = end
+    rest = clipped(also, done, disk.size)
+    if len(rest):
+        yield rest
 
 
 def _trusted(

@@ -14,6 +14,7 @@ from typing import Final, Protocol
 
 from replica.block import LARGEST_DISK_BYTES
 from replica.errors import SourceError
+from replica.failback.departure import Departure
 from replica.host import Randomness
 from replica.model import Consistency, DiskRecord, SourceDisk
 from replica.tracking import Found, changes_since, identity
@@ -47,6 +48,8 @@ class Wanted:
     sources: tuple[SourceDisk, ...]  # in order of number
     before: Mapping[int, DiskRecord]
     randomness: Randomness
+    based_on: int = 0  # the number of the point that ``before`` is of
+    departure: Departure | None = None  # of a recovery machine that is replicated
 
 
 @dataclass(frozen=True, slots=True)
