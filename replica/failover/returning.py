@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Protocol
+from typing import TypeAlias
 
 from replica.errors import PlatformError, SourceError
-from replica.failover import conversions, transitions
+from replica.failback.home import Homecoming
+from replica.failover import transitions
 from replica.failover.failover import final_point, remove_superseded
 from replica.failover.means import Means
 from replica.failover.transitions import Command
 from replica.failover.turn import Turn
-from replica.model import Home, Point, RecoveryMachine, Settings, SourceDisk, Standing
+from replica.model import Point, RecoveryMachine, Settings, SourceDisk, Standing, State
 from replica.platforms.platform import Power
 from replica.source import change_source
 from vhdx.progress import Progress, silent
 
-
-class BringHome(Protocol):
-    """Makes the home disks what the newest point holds."""
-
-    def __call__(
-        self, means: Means, home: Home, newest: Point, *, to: Sequence[Path], progress: Progress
-    ) -> tuple[SourceDisk, ...]:
-        """Return the disks at home once they are whole, under the names that they have; safe to repeat.
-
-        ``to`` are files of a fresh host, in the order of the disks, none for the disks that the VM had. Raises
-        GodwitError, DiskError, ConversionError; the home disks are as they were then.
-        """
+# Makes the home disks what the newest point holds: ``replica.failover.homecoming.bring`` with its destination.
+Bring: TypeAlias = Callable[[Means, State, Point, Progress], tuple[tuple[SourceDisk, ...], Homecoming]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +28,7 @@ class Failback:
 
     sources: tuple[SourceDisk, ...]
     point: Point
+    homecoming: Homecoming
     removed: RecoveryMachine | None
     left: tuple[RecoveryMachine, ...] = ()
 
@@ -75,20 +66,19 @@ def _sources(means: Means, turn: Turn, machine: RecoveryMachine) -> tuple[Source
 
 def failback(
     means: Means,
-    bring_home: BringHome,
+    bring: Bring,
     *,
-    to: Sequence[Path] = (),
     lost: bool = False,
     progress: Progress = silent,
 ) -> Failback:
     """Bring the VM home: the recovery machine is shut down, its last point made, the home disks made of it.
 
     ``lost``: the recovery machine is gone, and the newest point is all that there is of it. Safe to repeat: what was
-    begun goes on. Raises StandingError, LeaseHeldError, SourceError, PlatformError, and what ``bring_home`` raises.
+    begun goes on. Raises StandingError, LeaseHeldError, SourceError, PlatformError, and what ``bring`` raises.
     """
     with means.turn(Command.FAILBACK) as turn:
-        machine, home = turn.state.machine, turn.state.home
-        assert machine is not None and home is not None, "checked when they were decoded"
+        machine = turn.state.machine
+        assert machine is not None, "checked when it was decoded"
         if turn.state.standing is Standing.REPROTECTED:
             _shut_down_and_intend(means, turn, lost=lost, progress=progress)
         newest = turn.newest
@@ -97,11 +87,11 @@ def failback(
         with turn.kept():
             if means.is_reachable(machine) and means.offer(machine.platform).starts and not lost:
                 means.platform_of(machine).stop(machine.name, force=True)
-            sources = bring_home(means, home, newest, to=to, progress=progress)
+            sources, homecoming = bring(means, turn.state, newest, progress)
         turn.put(transitions.came_home(turn.settings, sources), Command.FAILBACK)
         remove_superseded(means, turn, Command.FAILBACK)
         left = tuple(one for one in turn.state.beside if transitions.is_superseded(one))
-        return Failback(sources, newest, None if machine in left else machine, left)
+        return Failback(sources, newest, homecoming, None if machine in left else machine, left)
 
 
 def _shut_down_and_intend(means: Means, turn: Turn, *, lost: bool, progress: Progress) -> None:
@@ -111,17 +101,3 @@ def _shut_down_and_intend(means: Means, turn: Turn, *, lost: bool, progress: Pro
     with final_point(means, turn, progress) as (_, off):
         turn.put(replace(turn.settings, state=transitions.intend_failback(turn.state)), Command.FAILBACK)
         off.finish()
-
-
-def conversion_ranges(means: Means, settings: Settings) -> dict[int, list[tuple[int, int]]]:
-    """Return by disk the half-open byte ranges in which a recovery machine's disks differed from its point at first.
-
-    They are what the conversions wrote, ascending. Raises IntegrityError.
-    """
-    reverse = settings.state.reverse
-    found: dict[int, list[tuple[int, int]]] = {}
-    for ref in () if reverse is None else reverse.conversions:
-        manifest = conversions.read(means.store, means.found, ref)
-        ranges = [(one.offset, one.end) for component in manifest.components for one in component.ranges]
-        found[ref.disk] = sorted({*found.get(ref.disk, []), *ranges})
-    return found

@@ -33,9 +33,10 @@ def commit(means: Means) -> State:
 def doomed(
     name: str, state: State, wanted: Sequence[str] = (), *, everything: bool = False
 ) -> tuple[RecoveryMachine, ...]:
-    """Return the machines that a cleanup removes: tests by their names, all beside the one that counts, or by default
+    """Return the machines that a cleanup removes.
 
-    the recovery machine where nobody has settled for it, else all that do not count. Raises UsageError.
+    They are tests by their names, or all that do not count; by default the recovery machine where nobody has settled
+    for it, else all that do not count. Raises UsageError.
     """
     if wanted and everything:
         raise UsageError("name test machines, or say --all")
