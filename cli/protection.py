@@ -15,6 +15,7 @@ from replica import catalog, manifest
 from replica import protection as protect_disks
 from replica.catalog import ProtectedVm
 from replica.errors import GodwitError
+from replica.failover import description
 from replica.history import newest
 from replica.model import Machine, Nic, Point, Settings
 from replica.protection import MachineWishes
@@ -235,7 +236,7 @@ def _settings_document(found: ProtectedVm, settings: Settings) -> dict[str, Any]
 @store_options
 @output_options
 def status(output: Output, name: str | None, *, session: Session) -> int | None:
-    """Show the protected VMs, or the VM NAME: its newest recovery point, its disks and its machine."""
+    """Show the protected VMs, or the VM NAME: its newest point, disks and machine, and what can be done next."""
     store = session.store()
     catalog.read_store(store)
     names = [name] if name else list(catalog.names(store, session.configuration.tenant))
@@ -276,6 +277,7 @@ def _status_of(store: Store, session: Session, name: str) -> dict[str, Any]:
         "newest_at": point.created_at if point else None,
         "rpo_seconds": _age(session, point),
         "size_bytes": point.size if point else None,
+        **description.document(name, settings),
     }
 
 
@@ -304,7 +306,7 @@ def _status_row(row: dict[str, Any]) -> list[str]:
         duration_text(row["interval_seconds"]),
         str(len(row["disks"])),
         human_size(row["size_bytes"]),
-        "late" if late else "",
+        ", ".join(filter(None, [description.short(row), "late" if late else ""])),
     ]
 
 
@@ -326,5 +328,6 @@ def _render_status(output: Output, row: dict[str, Any]) -> None:
                 f"Generation {machine['generation']}, {machine['cpus']} CPUs, {human_size(machine['memory_bytes'])}",
             ),
             ("disks", [f"{disk['number']}: {disk['path']}" for disk in row["disks"]]),
+            *description.lines(row),
         ]
     )

@@ -1,0 +1,385 @@
+"""godwit failover, commit, cleanup, reprotect, failback and adopt: a VM started elsewhere, and brought home."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from cli.output import Output, output_options
+from cli.session import Session, store_options
+from cli.sizes import human_size
+from replica import catalog
+from replica.failback.examination import Touched
+from replica.failover import adoption, description, returning, settling, transitions
+from replica.failover import failover as failing_over
+from replica.failover.failover import Failover, Order
+from replica.failover.homecoming import Destination, bring
+from replica.failover.means import Means
+from replica.failover.offer import OFFERS
+from replica.failover.providing import ServantProvider
+from replica.failover.transitions import Command
+from replica.libvirt.protecting import find_domain
+from replica.model import FailoverKind, Identity, RecoveryMachine, Standing
+from replica.platforms.registry import open_platform
+from replica.protection import MachineWishes
+from replica.stores.store import Store
+
+WAIT_SECONDS = 60.0  # for a cycle that is at work
+
+
+def means_of(session: Session, store: Store, name: str) -> Means:
+    """Return what a failover of the VM works with on this machine."""
+    loaded = session.configuration
+    assert loaded.store is not None, "the store was opened"
+    provider = ServantProvider(loaded.store, loaded.tenant, name, session.host.state_folder, loaded.file)
+    return Means(
+        store,
+        session.host,
+        session.vm(store, name),
+        lambda platform: open_platform(platform, session.host),
+        provider,
+        workers=loaded.workers,
+        wait_seconds=WAIT_SECONDS,
+    )
+
+
+@click.command()
+@click.argument("name")
+@click.option("--test", "kind", flag_value="test", help="Beside the source, in a network of its own.")
+@click.option("--planned", "kind", flag_value="planned", help="Shut the source down, take the last changes along.")
+@click.option("--unplanned", "kind", flag_value="unplanned", help="The source is lost: from what the store has.")
+@click.option(
+    "--point", "number", type=click.IntRange(1), metavar="P", help="The point.  [default: the newest that verifies]"
+)
+@click.option("--platform", type=click.Choice(list(OFFERS)), help="Where it is started.  [default: qemu]")
+@click.option(
+    "--generation",
+    type=click.Choice(["1", "2", "auto"]),
+    default="auto",
+    help="What it starts as; auto: as it is, if the platform can.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Say what would be started from which point, and start nothing.")
+@store_options
+@output_options
+def failover(
+    output: Output,
+    name: str,
+    kind: str | None,
+    number: int | None,
+    platform: str | None,
+    generation: str,
+    yes: bool,
+    dry_run: bool,
+    *,
+    session: Session,
+) -> None:
+    """Start the VM NAME elsewhere, from a recovery point, before anything is restored.
+
+    A test runs beside the source and changes nothing; 'godwit cleanup' removes it. After a planned or unplanned
+    failover the source is not replicated any more: 'godwit commit' settles for it, 'godwit cleanup' takes it back.
+    A failover that was cut off goes on when it is asked for again, from this machine or another.
+    """
+    store = session.store()
+    means = means_of(session, store, name)
+    wanted: Literal[1, 2] | None = None if generation == "auto" else 1 if generation == "1" else 2
+    order = Order(None if kind is None else FailoverKind(kind), number, platform, wanted)
+    if dry_run:
+        _show_plan(output, name, order, failing_over.plan(means, order))
+        return
+    _confirm_failover(output, means, order, yes=yes)
+    with output.progress(name) as progress:
+        done = failing_over.failover(means, order, progress)
+    settings = catalog.settings_in_force(store, means.found)
+    output.show(
+        {"vm": name, **_failover_document(done), "status": description.document(name, settings)},
+        lambda: _render_failover(output, name, done),
+    )
+
+
+def _confirm_failover(output: Output, means: Means, order: Order, *, yes: bool) -> None:
+    if order.kind is FailoverKind.TEST:
+        return
+    state = catalog.settings_in_force(means.store, means.found).state
+    transitions.require(means.name, state, Command.FAILOVER)
+    if state.standing is Standing.PROTECTED and order.kind is FailoverKind.PLANNED:
+        output.confirm(f"Shut {means.name} down at its source, and start it elsewhere?", yes=yes)
+    elif state.standing is Standing.PROTECTED and order.kind is FailoverKind.UNPLANNED:
+        question = f"Start {means.name} elsewhere? What its source has written since the point is not taken along,"
+        output.confirm(f"{question} and the source is replicated no more.", yes=yes)
+    elif state.standing is Standing.FAILED_OVER and order != Order(order.kind):
+        output.confirm(f"Delete the recovery machine of {means.name} for another?", yes=yes)
+
+
+def _show_plan(output: Output, name: str, order: Order, plan: failing_over.Plan) -> None:
+    document = {
+        "vm": name,
+        "dry_run": True,
+        "kind": None if order.kind is None else order.kind.value,
+        "point": plan.point.point,
+        "created_at": plan.point.created_at,
+        "platform": plan.platform,
+        "generation": plan.generation,
+        "converted_disk": plan.converted_disk,
+        "passed_over": plan.passed_over,
+    }
+
+    def render() -> None:
+        output.line(f"{name} would start on {plan.platform} as Generation {plan.generation}")
+        output.line(f"  from point {plan.point.point}, of {plan.point.created_at:%Y-%m-%d %H:%M:%S} UTC")
+        if plan.converted_disk is not None:
+            output.line(f"  disk {plan.converted_disk} would be converted, in an overlay")
+        for one in plan.passed_over:
+            output.note(f"point {one.point} is passed over: {one.because}")
+        output.line("Nothing was started: this was a dry run.")
+
+    output.show(document, render)
+
+
+def _failover_document(done: Failover) -> dict[str, Any]:
+    return {
+        "standing": done.standing.value,
+        "machine": description.machine_document(done.machine),
+        "point": done.machine.point,
+        "passed_over": done.passed_over,
+        "resumed": done.resumed,
+        "final_point": None if done.final is None else done.final.point,
+        "left": [description.machine_document(one) for one in done.left],
+        "notes": done.notes,
+    }
+
+
+def _render_failover(output: Output, name: str, done: Failover) -> None:
+    machine = done.machine
+    for one in done.passed_over:
+        output.note(f"point {one.point} was passed over: {one.because}")
+    starts = OFFERS[machine.platform].starts
+    verb = "runs" if starts else "lies ready"
+    output.line(
+        f"{name} {verb} from point {machine.point} on {machine.platform}, Generation {machine.generation}, "
+        f"as {machine.name}"
+    )
+    if done.final is not None:
+        output.line(
+            f"  nothing was lost: point {done.final.point} holds all that its disks did, compared after it was off"
+        )
+    for disk in machine.disks:
+        output.line(f"  disk {disk.number}: {disk.address}")
+    _warn_of_left(output, done.left)
+    for note in done.notes:
+        output.note(note)
+    if machine.kind is FailoverKind.TEST:
+        output.note(f"next: godwit cleanup {name} --test {machine.name}")
+    else:
+        output.note(f"next: godwit commit {name}, or godwit cleanup {name}")
+
+
+def _warn_of_left(output: Output, left: tuple[RecoveryMachine, ...]) -> None:
+    for one in left:
+        output.note(f"{one.name} is on the host {one.host_name} still: run godwit cleanup there, or with --forget")
+
+
+@click.command()
+@click.argument("name")
+@store_options
+@output_options
+def commit(output: Output, name: str, *, session: Session) -> None:
+    """Settle for the point that the VM NAME was failed over to. There is no way back to its source but failback."""
+    store = session.store()
+    means = means_of(session, store, name)
+    settling.commit(means)
+    _show_standing(output, store, means)
+
+
+def _show_standing(output: Output, store: Store, means: Means, more: dict[str, Any] | None = None) -> None:
+    settings = catalog.settings_in_force(store, means.found)
+    document = {"vm": means.name, **description.document(means.name, settings), **(more or {})}
+
+    def render() -> None:
+        output.line(f"{means.name} is {settings.state.standing.value}: {transitions.say(settings.state)}")
+        output.note(f"next: {' or '.join(transitions.next_commands(means.name, settings.state))}")
+
+    output.show(document, render)
+
+
+@click.command()
+@click.argument("name")
+@click.option("--test", "tests", multiple=True, metavar="MACHINE", help="A test machine by its name. May be repeated.")
+@click.option("--all", "everything", is_flag=True, help="All machines but the one that counts.")
+@click.option("--forget", is_flag=True, help="Strike machines of hosts that are gone for good.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
+@store_options
+@output_options
+def cleanup(
+    output: Output,
+    name: str,
+    tests: tuple[str, ...],
+    everything: bool,
+    forget: bool,
+    yes: bool,
+    dry_run: bool,
+    *,
+    session: Session,
+) -> None:
+    """Remove what a failover of the VM NAME made: its tests, or before 'godwit commit' the recovery machine.
+
+    Without the recovery machine the source counts again, and is replicated from there.
+    """
+    store = session.store()
+    means = means_of(session, store, name)
+    state = catalog.settings_in_force(store, means.found).state
+    transitions.require(name, state, Command.CLEANUP)
+    doomed = settling.doomed(name, state, tests, everything=everything)
+    if dry_run:
+        document = {"vm": name, "dry_run": True, "doomed": [description.machine_document(one) for one in doomed]}
+        output.show(document, lambda: output.fields([("would be removed", [one.name for one in doomed])]))
+        return
+    if doomed:
+        lost = "; what was written there is lost" if state.machine in doomed else ""
+        output.confirm(f"Remove {', '.join(one.name for one in doomed)}{lost}?", yes=yes)
+    done = settling.cleanup(means, tests, everything=everything, forget=forget)
+    for one in done.removed:
+        output.note(f"removed: {one.name}")
+    for one in done.forgotten:
+        output.note(f"forgotten: {one.name} on {one.host_name}")
+    removed = {
+        "removed": [one.name for one in done.removed],
+        "forgotten": [one.name for one in done.forgotten],
+    }
+    _show_standing(output, store, means, removed)
+
+
+@click.command()
+@click.argument("name")
+@store_options
+@output_options
+def reprotect(output: Output, name: str, *, session: Session) -> None:
+    """Replicate the VM NAME from its recovery machine from now on: only what it has changed is sent."""
+    store = session.store()
+    means = means_of(session, store, name)
+    returning.reprotect(means)
+    _show_standing(output, store, means)
+
+
+@click.command()
+@click.argument("name")
+@click.option(
+    "--to",
+    "to",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A new disk file of a fresh host; one for each disk, in their order.  [default: the disks that it had]",
+)
+@click.option("--lost", is_flag=True, help="The recovery machine is lost: bring home the newest point as it is.")
+@click.option("--keep-old", is_flag=True, help="Keep the old home disks beside the new ones.")
+@click.option("--yes", is_flag=True, help="Do not ask, not even where a home disk was written to meanwhile.")
+@store_options
+@output_options
+def failback(
+    output: Output,
+    name: str,
+    to: tuple[Path, ...],
+    lost: bool,
+    keep_old: bool,
+    yes: bool,
+    *,
+    session: Session,
+) -> None:
+    """Bring the VM NAME home: shut its recovery machine down, and make its old disks what they are to be.
+
+    Only what differs is read from the store. Interrupted at any moment, the old disks start as before or the new ones
+    are there; the same command goes on.
+    """
+    store = session.store()
+    means = means_of(session, store, name)
+    state = catalog.settings_in_force(store, means.found).state
+    transitions.require(name, state, Command.FAILBACK)
+    if state.standing is Standing.REPROTECTED:
+        output.confirm(f"Shut down the recovery machine of {name}, and bring it home?", yes=yes)
+
+    def may_overwrite(touched: Touched) -> bool:
+        if not yes and sys.stdin.isatty():  # where nobody can be asked the answer is no
+            question = f"{touched.path} was written to since it was left; overwrite {human_size(touched.bytes)}?"
+            output.confirm(question, yes=False)
+        return yes or sys.stdin.isatty()
+
+    destination = Destination(to, may_overwrite, keep_old)
+    with output.progress(name) as progress:
+        done = returning.failback(
+            means,
+            lambda means_, state_, newest, report: bring(means_, state_, newest, destination, report),
+            lost=lost,
+            progress=progress,
+        )
+    if not output.json:
+        for one in done.homecoming.disks:
+            output.line(
+                f"  disk {one.number}: {one.path} ({human_size(one.differing_bytes)} differed, "
+                f"{human_size(one.written_bytes)} written)"
+            )
+    _warn_of_left(output, done.left)
+    _show_standing(output, store, means, {"homecoming": done.homecoming.document(), "point": done.point.point})
+
+
+@click.command()
+@click.argument("name")
+@click.option(
+    "--disk", "disks", multiple=True, type=click.Path(path_type=Path, readable=False), metavar="PATH",
+    help="Where a disk of the VM is now; with --libvirt a target. All of them, in any order.",
+)  # fmt: skip
+@click.option("--libvirt", metavar="DOMAIN", help="The VM is this domain of libvirt now.")
+@click.option("--connect", metavar="URI", help="With --libvirt: the connection.  [default: libvirt's own]")
+@click.option("--bios-uuid", metavar="UUID", help="The BIOS UUID that the machine has now.")
+@click.option("--hypervisor-id", default="", metavar="ID", help="What its hypervisor calls it now, for the record.")
+@click.option("--dry-run", is_flag=True, help="Say which disks are recognised by what, and change nothing.")
+@store_options
+@output_options
+def adopt(
+    output: Output,
+    name: str,
+    disks: tuple[Path, ...],
+    libvirt: str | None,
+    connect: str | None,
+    bios_uuid: str | None,
+    hypervisor_id: str,
+    dry_run: bool,
+    *,
+    session: Session,
+) -> None:
+    """Join a VM that came back under another id, restored, imported anew or moved, to the protected VM NAME.
+
+    Its disks are told by what is in them. Its history goes on, and nothing is replicated anew.
+    """
+    if connect is not None and libvirt is None:
+        raise click.UsageError("--connect goes with --libvirt")
+    if not disks and libvirt is None:
+        raise click.UsageError("name the VM's disks with --disk, or its domain with --libvirt")
+    store = session.store()
+    means = means_of(session, store, name)
+    given: list[Path | str] = list(disks)
+    platform = ""
+    if libvirt is not None:
+        domain = find_domain(libvirt, connect=connect, targets=tuple(str(one) for one in disks), wishes=MachineWishes())
+        given, platform = [*domain.disks], "libvirt"
+        hypervisor_id = hypervisor_id or libvirt
+    done = adoption.adopt(means, given, Identity(platform, hypervisor_id, bios_uuid or ""), dry_run=dry_run)
+    document = {
+        "vm": name,
+        "dry_run": dry_run,
+        "disks": [
+            {"number": one.source.number, "path": one.source.path, "was": one.was, "because": one.because}
+            for one in done.disks
+        ],
+    }
+
+    def render() -> None:
+        output.line(f"{name} {'would be' if dry_run else 'is'} replicated from")
+        for one in done.disks:
+            output.line(f"  disk {one.source.number}: {one.source.path} ({one.because}; was {one.was})")
+
+    output.show(document, render)
