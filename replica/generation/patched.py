@@ -13,8 +13,6 @@ import numpy as np
 
 from conversion.errors import DamagedError, RefusedError
 from conversion.manifest import Manifest
-from conversion.tobios import plan_bios
-from replica.generation.image import as_device
 from replica.model import Machine
 from replica.nbd.service import read_parts
 from vhdx.disk import Disk, Extents, ReadableBuffer, WritableBuffer
@@ -162,6 +160,10 @@ def plan_conversion(
     The OS disk is the first one that has an EFI system partition. Only some MiB of each are read. Raises RefusedError
     with every reason, or where there is no OS disk; ToolError where GRUB is missing; and what the disks raise.
     """
+    # The planner takes longer to import than a server that was given a plan has to start a machine.
+    from conversion.tobios import plan_bios  # noqa: PLC0415
+    from replica.generation.image import as_device  # noqa: PLC0415
+
     if machine.generation == 1:
         return Conversion()
     for number, disk in disks:

@@ -15,6 +15,7 @@ from replica.errors import PlatformError
 from replica.host import Host
 from replica.model import Machine, Nic
 from replica.platforms.platform import DiskSpec, MachineSpec, PlatformName
+from replica.platforms.sockets import remove_place
 from vhdx.errors import DiskError
 from vhdx.osfile import OS_FILES, fsync_folder
 from vhdx.temporary import temporary_path
@@ -93,6 +94,7 @@ class MachineFolder:
             if self.path.exists():
                 fsync_folder(self.path)
                 shutil.rmtree(self.path)
+            remove_place(self.path)
         if self.path.exists():
             raise PlatformError("the machine's folder is still there", path=str(self.path))
 

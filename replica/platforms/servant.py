@@ -32,6 +32,7 @@ from replica.nbd.wire import NbdGoneError, UnixAddress
 from replica.platforms.folder import MachineFolder
 from replica.platforms.overlay import is_hydrated
 from replica.platforms.process import Owned, start
+from replica.platforms.sockets import make_place, socket_path
 from replica.serving import serve_point
 from replica.stores.address import open_store
 from replica.vault import Vault
@@ -70,7 +71,7 @@ class ServantSpec:
 
 def url(folder: Path, disk: int) -> str:
     """Return the address at which the machine in ``folder`` has that disk of its point."""
-    return f"nbd+unix:///{disk}?socket={folder / SOCKET}"
+    return f"nbd+unix:///{disk}?socket={socket_path(folder, SOCKET)}"
 
 
 def prepare(folder: MachineFolder, spec: ServantSpec, conversion: Conversion | None = None) -> None:
@@ -149,7 +150,7 @@ def _listens(folder: Path, deadline: float) -> bool:
 
 def _answers(folder: Path) -> bool:
     try:
-        connect_unix(str(folder / SOCKET), 1.0).close()
+        connect_unix(str(socket_path(folder, SOCKET)), 1.0).close()
     except OSError:
         return False
     return True
@@ -194,12 +195,13 @@ def serve(folder: Path, ended: threading.Event) -> None:
     host = this_host(None if spec.state_folder is None else Path(spec.state_folder))
     remarks = _Remarks()
     found = catalog.find(store, spec.tenant, spec.vm)
-    (folder / SOCKET).unlink(missing_ok=True)  # of one that was killed: ours is the lock
+    make_place(folder)
+    socket_path(folder, SOCKET).unlink(missing_ok=True)  # of one that was killed: ours is the lock
     with serve_point(
         store,
         host,
         found,
-        UnixAddress(str(folder / SOCKET)),
+        UnixAddress(str(socket_path(folder, SOCKET))),
         point=spec.point,
         generation=spec.generation,
         conversion=_conversion(folder, spec),

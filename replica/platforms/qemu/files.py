@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from replica.errors import PlatformError
-from replica.nbd.server import LONGEST_SOCKET_NAME_BYTES
 from replica.platforms.folder import MachineFolder
 from replica.platforms.overlay import disk_name
 from replica.platforms.process import Owned
+from replica.platforms.sockets import socket_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,17 +20,17 @@ class QemuFiles:
     @property
     def monitor(self) -> Path:
         """The socket of the monitor that this platform talks to."""
-        return self.folder.path / "monitor"
+        return socket_path(self.folder.path, "monitor")
 
     @property
     def replication(self) -> Path:
         """The socket of the monitor for replication: a monitor serves one client at a time."""
-        return self.folder.path / "qmp"
+        return socket_path(self.folder.path, "qmp")
 
     @property
     def agent(self) -> Path:
         """The socket of the guest agent's channel."""
-        return self.folder.path / "agent"
+        return socket_path(self.folder.path, "agent")
 
     @property
     def console(self) -> Path:
@@ -67,12 +66,3 @@ class QemuFiles:
     def disk(self, number: int) -> Path:
         """The machine's own disk of that number."""
         return self.folder.path / disk_name(number)
-
-    def check_sockets(self) -> None:
-        """Raise PlatformError where the folder's path is too long for sockets."""
-        if len(str(self.replication).encode()) + 8 > LONGEST_SOCKET_NAME_BYTES:
-            raise PlatformError(
-                f"{self.folder.name}: the names of the machine's sockets would be longer than systems take",
-                path=str(self.folder.path),
-                hint="choose a shorter state folder with GODWIT_STATE",
-            )

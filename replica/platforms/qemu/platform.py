@@ -28,6 +28,7 @@ from replica.platforms.qemu import hydration
 from replica.platforms.qemu.command import bios_uuid, command_line, firmware, node_name
 from replica.platforms.qemu.files import QemuFiles
 from replica.platforms.qemu.screen import LARGEST_PICTURE_BYTES, png_of
+from replica.platforms.sockets import make_place
 from replica.qemu import LiveAddress
 
 ACCELERATOR_VARIABLE: Final = "GODWIT_QEMU_ACCEL"
@@ -82,7 +83,6 @@ class QemuPlatform:
         """
         with self._folders.held(spec.name) as folder:
             files = QemuFiles(folder)
-            files.check_sockets()
             if folder.is_defined():
                 if folder.read() == spec:
                     return
@@ -115,6 +115,7 @@ class QemuPlatform:
             if backed:
                 servant.ensure(folder.path)
             if files.process.pid() is None:
+                make_place(folder.path)  # anew after a reboot
                 with folder.errors("start the machine"):
                     files.started.touch()
                 self._launch(command_line(spec, files, backed, accelerator=self._accelerator, options=self._options))
