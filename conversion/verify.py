@@ -33,12 +33,12 @@ def verify(device: BlockDevice, plan: Plan, manifest: Manifest) -> tuple[Finding
         return tuple(wrong[:20])
     try:
         found = inspect(device)
-        return _verify_bios(device, found, manifest) if plan.generation == 1 else _verify_uefi(found, manifest)
+        return _verify_bios(device, found, plan, manifest) if plan.generation == 1 else _verify_uefi(found, manifest)
     except ConversionError as error:
         return (_wrong(error.subject or "disk", error.message, "inspected again"),)
 
 
-def _verify_bios(device: BlockDevice, found: Inspection, manifest: Manifest) -> tuple[Finding, ...]:
+def _verify_bios(device: BlockDevice, found: Inspection, plan: Plan, manifest: Manifest) -> tuple[Finding, ...]:
     saved = _saved(manifest)
     wrong: list[Finding] = []
     live = read_mbr(device)
@@ -49,7 +49,13 @@ def _verify_bios(device: BlockDevice, found: Inspection, manifest: Manifest) -> 
     if found.system != manifest.system:
         wrong.append(_wrong("disk", f"holds {found.system_name} instead of a {manifest.system} system", "inspected"))
     copies = read_copies(device)
-    if copies is None or copies.table.entries != saved.gpt.entries:
+    before = plan.inspection.copies
+    if (
+        copies is None
+        or before is None
+        or copies.table.entries != saved.gpt.entries
+        or (copies.primary.good, copies.backup.good) != (before.primary.good, before.backup.good)
+    ):
         wrong.append(_wrong("partition table", "no longer sleeps beneath the master boot record", "both copies"))
     if manifest.system == "windows" and not wrong:
         wrong += _verify_windows(found, manifest, saved.layout)
