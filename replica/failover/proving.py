@@ -30,6 +30,7 @@ def prove(turn: Turn, point: Point, *, workers: Workers, open_disk: OpenDisk = o
         sources=tuple(sorted(turn.settings.sources, key=lambda one: one.number)),
         before=before,
         randomness=turn.host.randomness,
+        based_on=point.point,
     )
     known = BlockMap(point.maps, MapStore(turn.store, turn.found.keys, map_cache(turn.host)).fetch)
     comparer = Comparer(hash_seed=turn.found.vm.hash_seed, compression_level=1, leftovers=Leftovers())
