@@ -113,6 +113,11 @@ class HomeLab:
         """Return the names of all files beside the home disks."""
         return sorted(path.name for path in self.homes[0].parent.iterdir())
 
+    def is_home(self) -> bool:
+        """Whether nothing is left to do."""
+        held = all(read_disk(path) == data for path, data in zip(self.homes, self.wanted, strict=True))
+        return held and self.names() == sorted(path.name for path in self.homes)
+
     def assert_home(self) -> None:
         """Compare the home disks with what they are to hold, and look for leftovers."""
         for path, data in zip(self.homes, self.wanted, strict=True):
