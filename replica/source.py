@@ -1,7 +1,7 @@
 """Where a cycle's disks come from: a change source opens all of a VM's disks as of one instant and tells what changed.
 
-Three satisfy it: disk files at rest, here, the disks of a running QEMU, in ``replica.live``, and those of a libvirt
-domain, in ``replica.libvirt.source``.
+Four satisfy it: disk files at rest, here, the disks of a running QEMU, in ``replica.live``, those of a libvirt
+domain, in ``replica.libvirt.source``, and those of a VM on a Hyper-V host, in ``replica.hyperv.source``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from vhdx.formats import chain_of, open_disk
 # How the address of a disk begins that is reached through its hypervisor; paths of files are absolute.
 LIVE: Final = "qmp:"
 LIBVIRT: Final = "libvirt:"
+HYPERV: Final = "hyperv:"
 
 
 class OpenDisk(Protocol):
@@ -96,6 +97,10 @@ def change_source(sources: Sequence[SourceDisk], open_: OpenDisk = open_for_read
         from replica.libvirt.source import LibvirtSource  # noqa: PLC0415 - files need none of it
 
         return LibvirtSource()
+    if live[0].path.startswith(HYPERV):
+        from replica.hyperv.source import HypervSource  # noqa: PLC0415 - files need none of it
+
+        return HypervSource()
     from replica.live import LiveSource  # noqa: PLC0415 - files need none of it
 
     return LiveSource()
@@ -103,7 +108,7 @@ def change_source(sources: Sequence[SourceDisk], open_: OpenDisk = open_for_read
 
 def is_live(path: str) -> bool:
     """Tell whether a disk's address is that of a machine's disk which its hypervisor gives, and not a file's."""
-    return path.startswith((LIVE, LIBVIRT))
+    return path.startswith((LIVE, LIBVIRT, HYPERV))
 
 
 def name_of(path: str) -> str:
@@ -119,6 +124,10 @@ def looked_at(path: str, open_: OpenDisk) -> AbstractContextManager[Disk]:
         from replica.libvirt import source as libvirt_source  # noqa: PLC0415 - files need none of it
 
         return libvirt_source.look(path)
+    if path.startswith(HYPERV):
+        from replica.hyperv import source as hyperv_source  # noqa: PLC0415 - files need none of it
+
+        return hyperv_source.look(path)
     from replica.live import look  # noqa: PLC0415 - files need none of it
 
     return look(path)
