@@ -185,7 +185,8 @@ def test_define_makes_good_what_an_interruption_left(
 ) -> None:
     folder = platform.folder(NAME)
     spec = recovery.spec(folder, NAME)
-    create, made = overlay.create, []
+    create = overlay.create
+    made: list[Path] = []
 
     def cut_off(path: Path, disk: DiskSpec) -> None:
         if made:
