@@ -10,12 +10,13 @@ import click
 from cli.output import Output, output_options
 from cli.session import Duration, Session, duration_text, store_options
 from cli.sizes import human_size
-from replica import catalog, garbage, immutability, pins, retention
+from replica import catalog, garbage, immutability, pins, retention, rewriting, usage
 from replica import prune as pruning
 from replica.errors import GodwitError
 from replica.garbage import Collection, References
 from replica.immutability import Prolongation
 from replica.prune import Pruning
+from replica.rewriting import Rewriting
 from replica.stores.store import Store
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
@@ -83,6 +84,14 @@ def _render_pruning(output: Output, name: str, done: Pruning, *, dry_run: bool) 
     type=Duration(),
     help="How long what nothing refers to stays before it is deleted.  [default: 1h]",
 )
+@click.option(
+    "--thin",
+    type=click.IntRange(0, 90),
+    metavar="PERCENT",
+    default=usage.THIN_PERCENT,
+    show_default=True,
+    help="Rewrite segments of which the newest point needs less than this; 0 for none.",
+)
 @dry_run_option
 @yes_option
 @store_options
@@ -92,16 +101,21 @@ def gc(
     name: str | None,
     everything: bool,
     grace: int | None,
+    thin: int,
     dry_run: bool,
     yes: bool,
     *,
     session: Session,
 ) -> int | None:
-    """Delete what no recovery point of the VM NAME needs any more.
+    """Delete what no recovery point of the VM NAME needs any more, and rewrite what is hardly needed.
 
     The first run notes what nothing refers to; one that comes at least the grace period later deletes what nothing
     refers to still. Safe while replication and other machines are at work. Where a manifest or a map cannot be read
     nothing is deleted, and it exits with 12.
+
+    Where little of a segment is still needed, that is copied, at most 256 MiB in a run, by a new point of the newest
+    one's content and time; the rest is freed once no older point needs it. That is done only where it frees 16 MiB,
+    and four times the size of the point's maps.
     """
     if bool(name) == everything:
         raise click.UsageError("name one VM, or say --all")
@@ -120,6 +134,7 @@ def gc(
     for one in names:
         try:
             done = _collect(store, session, references, one, span, dry_run=dry_run)
+            rewritten = _rewrite(store, session, references, one, thin, dry_run=dry_run or bool(done.busy))
         except GodwitError as error:
             if name:
                 raise
@@ -129,12 +144,13 @@ def gc(
             )
             output.note(f"{one}: {error}")
             continue
-        results.append({"vm": one, "dry_run": dry_run, **_collection_document(done)})
+        results.append({"vm": one, "dry_run": dry_run, **_collection_document(done), **_rewriting_document(rewritten)})
         if done.busy:
             code = 11 if name else 3
             output.note(f"{one}: what is due is left to a later run: {done.busy}")
         if not output.json:
             _render_collection(output, one, done, dry_run=dry_run)
+            _render_rewriting(output, one, rewritten, dry_run=dry_run)
     output.show(results[0] if name else {"collections": results}, lambda: None)
     return code
 
@@ -151,6 +167,17 @@ def _collect(
         dry_run=dry_run,
         workers=session.configuration.workers,
     )
+
+
+def _rewrite(
+    store: Store, session: Session, references: References, name: str, percent: int, *, dry_run: bool
+) -> Rewriting:
+    found = session.vm(store, name)
+    terms = usage.Terms(percent=percent)
+    thin = rewriting.plan(store, session.host, found, terms, is_lent=references.is_lent)
+    if dry_run:
+        return Rewriting(thin)
+    return rewriting.rewrite(store, session.host, found, thin, workers=session.configuration.workers)
 
 
 def _collection_document(done: Collection) -> dict[str, Any]:
@@ -174,6 +201,32 @@ def _render_collection(output: Output, name: str, done: Collection, *, dry_run: 
         f"{_count(done.waiting.objects, 'object')}, {human_size(done.waiting.bytes)} waiting for the grace period"
         + (f" or the end of their locks ({_count(done.locked.objects, 'object')})" if done.locked.objects else "")
     )
+
+
+def _rewriting_document(done: Rewriting) -> dict[str, Any]:
+    return {
+        "thin_segments": len(done.thin.segments),
+        "thin_bytes": done.thin.total_bytes,
+        "rewritten_bytes": done.copied_bytes,
+        "rewritten_point": done.point or None,
+        "rewriting_damaged": done.damaged,
+        "rewriting_busy": done.busy,
+    }
+
+
+def _render_rewriting(output: Output, name: str, done: Rewriting, *, dry_run: bool) -> None:
+    segments, room = _count(len(done.thin.segments), "thin segment"), human_size(done.thin.total_bytes)
+    if done.point:
+        output.line(
+            f"{name}: rewrote {human_size(done.copied_bytes)} of {segments}, as point {done.point}; {room} will be "
+            "freed once no older point needs them"
+        )
+    elif done.thin.segments and dry_run:
+        output.line(f"{name}: would rewrite {human_size(done.thin.copied_bytes)} of {segments} that take {room}")
+    elif done.busy:
+        output.note(f"{name}: {segments} left to a later run: {done.busy}")
+    for key in done.damaged:
+        output.note(f"{name}: {key} is damaged and stays as it is: 'godwit verify {name}' tells what that costs")
 
 
 @click.command()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+from replica.block import disk_base
 from replica.maptable import EncodedPart, Entries, MapPart, MapWriter, SegmentTable, newest_wins
 from replica.model import MapPartRef, MapRef
 
@@ -110,9 +111,17 @@ def plan_merge(levels: Sequence[int], new_level: int) -> tuple[int, int]:
         new_level += 1
 
 
-def merge_into(writer: MapWriter, merged: BlockMap, *, keep_zeros: bool) -> Iterator[EncodedPart]:
-    """Write all entries of ``merged`` through ``writer``, without ``keep_zeros`` only data; yield the parts."""
-    for window in merged.windows(0, 1 << 64):
-        entries = window.entries if keep_zeros else window.entries.take(window.entries.is_data)
-        yield from writer.append(entries, window.table)
+def merge_into(
+    writer: MapWriter, merged: BlockMap, *, keep_zeros: bool, disks: Collection[int] | None = None
+) -> Iterator[EncodedPart]:
+    """Write the entries of ``merged`` through ``writer``, without ``keep_zeros`` only data; yield the parts.
+
+    ``disks`` are the numbers of the disks that the new point has: entries of others are left out, since nobody asks
+    for them. None keeps all.
+    """
+    ranges = [(0, 1 << 64)] if disks is None else [(disk_base(one), disk_base(one + 1)) for one in sorted(disks)]
+    for first, end in ranges:
+        for window in merged.windows(first, end):
+            entries = window.entries if keep_zeros else window.entries.take(window.entries.is_data)
+            yield from writer.append(entries, window.table)
     yield from writer.finish()

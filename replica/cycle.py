@@ -148,6 +148,7 @@ class _Cycle:
                 self._number,
                 self._held.epoch,
                 before,
+                disks=[one.number for one in wanted.sources],
                 before_write=uploads.drain,
             )
             packer = Packer(self._store, self._found.keys, maps, uploads, point=self._number, epoch=self._held.epoch)

@@ -74,6 +74,7 @@ class References:
         self._manifests: set[tuple[str, int]] = set()
         self._parts: set[tuple[str, MapPartRef]] = set()
         self._live: dict[tuple[str, str], set[int]] = {}
+        self._lent: set[SegmentRef] = set()
 
     def add(self, found: ProtectedVm) -> None:
         """Read a VM's whole history. Raises IntegrityError where a part of it cannot be read."""
@@ -96,6 +97,10 @@ class References:
     def newest(self, vm_id: str) -> int:
         """Return the VM's newest point before its history was read, 0 for none or a VM that was not listed yet."""
         return self._newest.get(vm_id, 0)
+
+    def is_lent(self, segment: SegmentRef) -> bool:
+        """Whether a VM refers to the segment that is another's."""
+        return segment in self._lent
 
     def __contains__(self, key: str) -> bool:
         """Whether a segment or map part is referred to, by its key."""
@@ -151,6 +156,8 @@ class References:
                     self._add(keys.vm_id, "maps", ref.part)
                     for segment in segments:
                         self._add(segment.vm_id, "segments", segment.part)
+                        if segment.vm_id != keys.vm_id:
+                            self._lent.add(segment)
                     self._parts.add((keys.vm_id, ref))
 
     def _are_gone(self, keys: VmKeys, points: list[int]) -> bool:

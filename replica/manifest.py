@@ -62,6 +62,7 @@ def encode(manifest: Point | Fence) -> bytes:
                 "segments": manifest.cycle.segments,
                 "seconds": round(manifest.cycle.seconds, 3),
             },
+            **({"repeats": manifest.repeats} if manifest.repeats else {}),
         },
     )
 
@@ -93,6 +94,7 @@ def decode(data: bytes, *, key: str, vm_id: str, point: int) -> Point | Fence:
         disks=disks,
         maps=tuple(_decode_map(one, key) for one in body.list_of_fields("maps")),
         cycle=_decode_cycle(body.fields("cycle")),
+        repeats=body.integer("repeats", most=number - 1) if "repeats" in body.values else 0,
     )
 
 

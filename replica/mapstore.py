@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -93,7 +93,8 @@ class MapBuilder:
     """Builds the maps of a new point: collects the cycle's entries, merges them with older maps by level, writes.
 
     The first part stays in memory until there is a second, so that a small change costs one object, merged or not.
-    ``before_write`` returns once all that entries refer to is stored: it is called before each write.
+    ``before_write`` returns once all that entries refer to is stored: it is called before each write. ``disks`` are the
+    numbers of the new point's disks: entries of disks that it no longer has go whenever maps are merged.
     """
 
     def __init__(
@@ -104,8 +105,10 @@ class MapBuilder:
         epoch: int,
         before: tuple[MapRef, ...],
         *,
+        disks: Collection[int],
         before_write: Callable[[], None],
     ) -> None:
+        self._disks = disks
         self._before_write = before_write
         self._maps = maps
         self._vm_id = vm_id
@@ -146,7 +149,7 @@ class MapBuilder:
         merged = BlockMap([*self._before[kept:], own], self._fetch)
         writer = MapWriter(self._vm_id, self._point, self._epoch, first_ordinal=len(self._parts))
         refs = []
-        for part in merge_into(writer, merged, keep_zeros=kept > 0):
+        for part in merge_into(writer, merged, keep_zeros=kept > 0, disks=self._disks):
             self._write(part)
             refs.append(_reference(part))
         return (*self._before[:kept], MapRef(level, tuple(refs))) if refs else self._before[:kept]

@@ -275,6 +275,7 @@ class Point:
     disks: tuple[DiskRecord, ...]
     maps: tuple[MapRef, ...]
     cycle: CycleStatistics
+    repeats: int = 0  # the point whose content gc stored anew in this one; 0 for a point that a cycle made
 
     @property
     def size(self) -> int:

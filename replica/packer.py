@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -118,10 +118,8 @@ class Packer:
             entries.segments[:] = table.number(SegmentRef(self._keys.vm_id, place.part, place.size))
             parts.append(entries)
         for entries, their_table in window.found:
-            for number, ref in enumerate(their_table.refs):
-                picked = entries.take(entries.segments == number)
-                picked.segments[:] = table.number(ref)
-                parts.append(picked)
+            own = np.array([table.number(ref) for ref in their_table.refs], np.uint32)
+            parts.append(replace(entries, segments=own[entries.segments]))
         if parts:
             self._maps.append(newest_wins(parts), table)
 

@@ -101,8 +101,15 @@ def _span_text(span: timedelta) -> str:
 DEFAULT: Final = parse(DEFAULT_TEXT)
 
 
-def keep(rule: Rule, points: Mapping[int, datetime], pinned: Collection[int] = ()) -> frozenset[int]:
+def keep(
+    rule: Rule,
+    points: Mapping[int, datetime],
+    pinned: Collection[int] = (),
+    repeated: Collection[int] = (),
+) -> frozenset[int]:
     """Return which of ``points``, times by number, are kept: by the rule, because they are pinned, and the newest.
+
+    ``repeated`` are those of which a later point of the same time holds the same: they are none of the ``last``.
 
     What is kept of what was kept is the same again. The present time plays no part: spans are counted back from the
     newest point and periods from point to point, so that a VM that made no points for long keeps those it has. Points
@@ -113,7 +120,8 @@ def keep(rule: Rule, points: Mapping[int, datetime], pinned: Collection[int] = (
         return frozenset()
     newest_first = sorted(points, reverse=True)
     times = {number: moment.astimezone(UTC) for number, moment in points.items()}
-    kept = {newest_first[0], *newest_first[: rule.last], *(number for number in pinned if number in points)}
+    last = [number for number in newest_first if number not in repeated][: rule.last]
+    kept = {newest_first[0], *last, *(number for number in pinned if number in points)}
     if rule.everything:
         kept.update(_recent(newest_first, times, rule.everything))
     for name, count in rule.periods.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from datetime import timedelta
 from pathlib import Path
 
@@ -61,6 +62,40 @@ def test_old_points_are_removed_and_their_room_freed(history: Site, monkeypatch:
     assert "point 9: good" in history.good("verify", "web", "--full").out
     history.good("restore", "web", "--to", history.folder / "back.img")
     assert (history.folder / "back.img").read_bytes() == random_blocks(100 + POINTS - 1, 4)
+
+
+def test_segments_that_are_hardly_needed_are_rewritten_and_freed(
+    site: Site,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = random.Random(1)
+    disk = site.disk("os.img", drawn.randbytes(320 * BLOCK))
+    site.good("protect", "web", "--disk", disk, "--keep", "last:1")
+    site.good("replicate", "web")
+    with disk.open("r+b") as file:
+        file.write(drawn.randbytes(310 * BLOCK))
+    site.good("replicate", "web")
+    held = disk.read_bytes()
+    planned = site.good("gc", "web", "--dry-run")
+    assert "of 2 thin segments that take 20 MiB" in planned.out
+    assert site.good("gc", "web", "--yes", "--thin", "0", "--json").document["thin_segments"] == 0
+    assert _points(site) == [1, 2]
+    done = site.good("gc", "web", "--yes", "--json").document
+    assert (done["rewritten_point"], done["thin_segments"]) == (3, 2)
+    assert 10 * BLOCK <= done["rewritten_bytes"] < 11 * BLOCK
+    assert (done["rewriting_busy"], done["rewriting_damaged"]) == (None, [])
+    assert "nothing" not in site.good("gc", "web", "--yes").out
+    assert _points(site) == [1, 2, 3]
+    site.good("prune", "web", "--yes")
+    site.good("gc", "web", "--yes")
+    _let_an_hour_pass(monkeypatch)
+    before = sum(map(len, _data(site).values()))
+    reclaimed = site.good("gc", "web", "--yes", "--json").document["reclaimed_bytes"]
+    assert reclaimed == before - sum(map(len, _data(site).values()))
+    assert reclaimed > done["thin_bytes"] > 320 * BLOCK
+    assert "good" in site.good("verify", "web", "--full").out
+    site.good("restore", "web", "--to", site.folder / "back.img")
+    assert (site.folder / "back.img").read_bytes() == held
 
 
 def test_a_dry_run_lists_and_changes_nothing(history: Site) -> None:
