@@ -13,6 +13,7 @@ from replica.errors import UsageError
 from replica.health.observation import Observation
 from replica.health.rules import RULES, Aspect, Rule, Severity
 from replica.health.statistics import Statistics, resynchronisation_seconds, statistics
+from replica.health.units import duration_text
 from replica.model import Standing
 from replica.retention import DEFAULT_TEXT, parse
 
@@ -231,7 +232,7 @@ def _missed(seen: Observation, counted: Statistics) -> _Said:
     if seen.standing not in _AWAY and _exceeds("missed-cycles", seen, counted.missed_percent):
         yield (
             counted.missed_percent,
-            f"{counted.points} made and {counted.misses} missed, one every {seen.interval_seconds} s",
+            f"{counted.points} made, {counted.misses} missed, one due every {duration_text(seen.interval_seconds)}",
         )
 
 

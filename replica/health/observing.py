@@ -17,9 +17,11 @@ from replica.errors import (
     FormatVersionError,
     GodwitError,
     IntegrityError,
+    NoStoreError,
     ObjectMissingError,
     StoreUnavailableError,
     TenantKeyError,
+    UsageError,
 )
 from replica.health import journal
 from replica.health.journal import EventKey
@@ -46,6 +48,7 @@ class Depth:
 
 
 BRIEF: Final = Depth()
+CLOSE: Final = Depth(points=200, remembered=2000, drills=10)
 CHARTS: Final = Depth(points=64, remembered=400, drills=10)
 
 
@@ -57,17 +60,27 @@ def observe_all(
     ``at_once`` VMs are looked at beside each other. Raises StoreUnavailableError where the store does not answer.
     """
     with ThreadPoolExecutor(max_workers=at_once, thread_name_prefix="health") as pool:
-        yield from pool.map(lambda name: observe_named(store, host, tenant, name, depth), names)
+        for found in pool.map(lambda name: _observe_listed(store, host, tenant, name, depth), names):
+            if found is not None:
+                yield found
+
+
+def _observe_listed(store: Store, host: Host, tenant: str, name: str, depth: Depth) -> Observation | None:
+    try:
+        return observe_named(store, host, tenant, name, depth)
+    except UsageError:  # it is protected no more, since the names were listed
+        return None
 
 
 def observe_named(store: Store, host: Host, tenant: str, name: str, depth: Depth = BRIEF) -> Observation:
     """Observe the VM of that name; what cannot be read is an observation that says so, with the error's hint.
 
-    Raises StoreUnavailableError where the store does not answer: that tells nothing of the VM.
+    Raises UsageError where there is no such VM, StoreUnavailableError where the store does not answer: that tells
+    nothing of the VM.
     """
     try:
         return observe(store, host, catalog.find(store, tenant, name), depth)
-    except StoreUnavailableError:
+    except (UsageError, NoStoreError, StoreUnavailableError):
         raise
     except GodwitError as error:
         told = f"{error}{f' ({error.hint})' if error.hint else ''}"

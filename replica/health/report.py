@@ -1,0 +1,84 @@
+"""Reports: the health of one VM or of a whole tenant, gathered and judged, as values and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from replica import catalog
+from replica.health.assessment import WINDOW, Assessment, assess
+from replica.health.observing import BRIEF, Depth, observe_all, observe_named
+from replica.health.rules import Severity
+from replica.host import Host
+from replica.stores.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class HealthReport:
+    """What was found of the VMs that were asked for, in the order of their names."""
+
+    made_at: datetime
+    assessments: tuple[Assessment, ...]
+
+    @property
+    def health(self) -> Severity:
+        """That of the VM that is worst."""
+        return max((one.health for one in self.assessments), key=lambda one: one.rank, default=Severity.NORMAL)
+
+
+def report(
+    store: Store,
+    host: Host,
+    tenant: str,
+    names: Iterable[str] | None = None,
+    *,
+    depth: Depth = BRIEF,
+    window: timedelta = WINDOW,
+    at_once: int = 8,
+) -> HealthReport:
+    """Observe and judge the VMs of those names, or all of the tenant. It reads only.
+
+    A VM that cannot be read is in the report as such. Raises UsageError for a name that no VM has,
+    NoStoreError, StoreUnavailableError.
+    """
+    if names is None:
+        catalog.read_store(store)
+        listed = list(catalog.names(store, tenant))
+        observed = list(observe_all(store, host, tenant, listed, depth, at_once=at_once))
+    else:
+        observed = [observe_named(store, host, tenant, name, depth) for name in names]
+    return HealthReport(host.clock.now(), tuple(assess(one, window) for one in observed))
+
+
+def document(one: Assessment) -> dict[str, Any]:
+    """Return an assessment in terms of JSON (times as they are). Fields only grow."""
+    seen, newest, good = one.seen, one.seen.newest, one.seen.newest_restorable
+    return {
+        "name": seen.name,
+        "vm_id": seen.vm_id or None,
+        "health": one.health.value,
+        "state": one.state.value,
+        "rpo_seconds": one.rpo_seconds,
+        "interval_seconds": None if seen.unread else seen.interval_seconds,
+        "reasons": [asdict(reason) for reason in one.reasons],
+        "readiness": one.readiness.value,
+        "doubts": [asdict(reason) for reason in one.doubts],
+        "newest_point": newest.point if newest else None,
+        "newest_restorable_point": good.point if good else None,
+        "newest_restorable_at": good.created_at if good else None,
+        "points": seen.listed,
+        "damaged_points": sorted(seen.damaged),
+        "statistics": {**asdict(one.statistics), "missed_percent": one.statistics.missed_percent},
+        "last_drill": asdict(seen.last_drill) if seen.last_drill else None,
+        "last_verify": asdict(seen.last_verify) if seen.last_verify else None,
+        "convertibility": seen.convertibility,
+        "encrypted": seen.encrypted,
+        "standing": seen.standing.value,
+        "source_host": seen.source_host or None,
+        "chain_files": newest.chain_files if newest and newest.chain_files else None,
+        "free_space": asdict(seen.free_space) if seen.free_space else None,
+        "resynchronisation_seconds": one.resynchronisation_seconds,
+        "warnings": list(seen.warnings),
+    }
