@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
-from urllib.parse import parse_qs, unquote, urlsplit
 
 from replica.errors import PlatformError
 from replica.generation.image import Image
 from replica.host import Host
 from replica.hydrate import SUFFIXES
 from replica.nbd.disk import NbdDisk
-from replica.nbd.wire import Address, NbdError, TcpAddress, UnixAddress
+from replica.nbd.wire import NbdError
 from replica.platforms import servant
 from replica.platforms.folder import MachineFolder, MachineFolders
+from replica.platforms.overlay import nbd_address
 from replica.platforms.platform import DiskSpec, DiskState, GuestChannel, MachineSpec, PlatformName, Power
 from vhdx.convert import ConvertFormat, convert_disk
 from vhdx.disk import Disk
@@ -172,18 +172,10 @@ def _opened(disk: DiskSpec) -> Iterator[Disk]:
         with Image(disk.path, disk.format).opened() as image:
             yield image
         return
-    address, export = _address(disk.url)
+    address, export = nbd_address(disk.url)
     try:
         with NbdDisk(address, export) as served:
             served.sector_size = disk.sector_size
             yield served
     except NbdError as error:
         raise PlatformError(f"disk {disk.number} cannot be read: {error}", path=disk.url, hint=error.hint) from error
-
-
-def _address(url: str) -> tuple[Address, str]:
-    parts = urlsplit(url)
-    export = unquote(parts.path.removeprefix("/"))
-    if parts.scheme == "nbd+unix":
-        return UnixAddress(parse_qs(parts.query)["socket"][0]), export
-    return TcpAddress(parts.hostname or "localhost", parts.port or 10809), export

@@ -11,6 +11,7 @@ from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from replica.errors import PlatformError
+from replica.nbd.wire import Address, TcpAddress, UnixAddress
 from replica.platforms.platform import DiskSpec
 
 PROGRAM: Final = "qemu-img"
@@ -40,19 +41,33 @@ def backing_node(disk: DiskSpec) -> dict[str, Any]:
     return {"driver": disk.format, "read-only": True, "file": file}
 
 
-def _nbd(url: str) -> dict[str, Any]:
-    parts = urlsplit(url)
+def nbd_address(url: str) -> tuple[Address, str]:
+    """Return the server and the export that an address names. Raises PlatformError."""
+    hint = "write nbd+unix:///EXPORT?socket=PATH or nbd://HOST:PORT/EXPORT"
+    try:
+        parts = urlsplit(url)
+        port = parts.port or 10809
+    except ValueError as error:
+        raise PlatformError(f"{url!r} is no NBD address: {error}", hint=hint) from error
     sockets = parse_qs(parts.query).get("socket", [])
+    export = unquote(parts.path.removeprefix("/"))
     if parts.scheme == "nbd+unix" and len(sockets) == 1:
-        server = {"type": "unix", "path": sockets[0]}
-    elif parts.scheme == "nbd" and parts.hostname:
-        server = {"type": "inet", "host": parts.hostname, "port": str(parts.port or 10809)}
+        return UnixAddress(sockets[0]), export
+    if parts.scheme == "nbd" and parts.hostname:
+        return TcpAddress(parts.hostname, port), export
+    raise PlatformError(f"{url!r} is no NBD address", hint=hint)
+
+
+def _nbd(url: str) -> dict[str, Any]:
+    address, export = nbd_address(url)
+    if isinstance(address, UnixAddress):
+        server = {"type": "unix", "path": address.path}
     else:
-        raise PlatformError(f"{url!r} is no NBD address", hint="write nbd+unix:///EXPORT?socket=PATH")
+        server = {"type": "inet", "host": address.host, "port": str(address.port)}
     return {
         "driver": "nbd",
         "server": server,
-        "export": unquote(parts.path.removeprefix("/")),
+        "export": export,
         "reconnect-delay": RECONNECT_SECONDS,
         "open-timeout": RECONNECT_SECONDS,
         "read-only": True,

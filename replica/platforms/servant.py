@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
+from urllib.parse import quote
 
 from conversion.errors import ConversionError
 from conversion.manifest import Manifest
@@ -71,7 +72,7 @@ class ServantSpec:
 
 def url(folder: Path, disk: int) -> str:
     """Return the address at which the machine in ``folder`` has that disk of its point."""
-    return f"nbd+unix:///{disk}?socket={socket_path(folder, SOCKET)}"
+    return f"nbd+unix:///{disk}?socket={quote(str(socket_path(folder, SOCKET)))}"
 
 
 def prepare(folder: MachineFolder, spec: ServantSpec, conversion: Conversion | None = None) -> None:
