@@ -316,14 +316,16 @@ def failback(
             lost=lost,
             progress=progress,
         )
-    if not output.json:
+    if not output.json and done.homecoming is not None:
         for one in done.homecoming.disks:
             output.line(
                 f"  disk {one.number}: {one.path} ({human_size(one.differing_bytes)} differed, "
                 f"{human_size(one.written_bytes)} written)"
             )
     _warn_of_left(output, done.left)
-    _show_standing(output, store, means, {"homecoming": done.homecoming.document(), "point": done.point.point})
+    homecoming = None if done.homecoming is None else done.homecoming.document()
+    point = None if done.point is None else done.point.point
+    _show_standing(output, store, means, {"homecoming": homecoming, "point": point})
 
 
 @click.command()

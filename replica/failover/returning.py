@@ -24,11 +24,14 @@ Bring: TypeAlias = Callable[[Means, State, Point, Progress], tuple[tuple[SourceD
 
 @dataclass(frozen=True, slots=True)
 class Failback:
-    """What a failback did. ``left``: the recovery machine where it is not gone yet, since another host has it."""
+    """What a failback did. ``left``: the recovery machine where it is not gone yet, since another host has it.
+
+    ``homecoming`` and ``point`` are None where it was home already, and only its machine was there still.
+    """
 
     sources: tuple[SourceDisk, ...]
-    point: Point
-    homecoming: Homecoming
+    point: Point | None
+    homecoming: Homecoming | None
     removed: RecoveryMachine | None
     left: tuple[RecoveryMachine, ...] = ()
 
@@ -78,7 +81,8 @@ def failback(
     """
     with means.turn(Command.FAILBACK) as turn:
         machine = turn.state.machine
-        assert machine is not None, "checked when it was decoded"
+        if machine is None:
+            return _finish(means, turn, None, None)
         if turn.state.standing is Standing.REPROTECTED:
             _shut_down_and_intend(means, turn, lost=lost, progress=progress)
         newest = turn.newest
@@ -89,9 +93,16 @@ def failback(
                 means.platform_of(machine).stop(machine.name, force=True)
             sources, homecoming = bring(means, turn.state, newest, progress)
         turn.put(transitions.came_home(turn.settings, sources), Command.FAILBACK)
-        remove_superseded(means, turn, Command.FAILBACK)
-        left = tuple(one for one in turn.state.beside if transitions.is_superseded(one))
-        return Failback(sources, newest, homecoming, None if machine in left else machine, left)
+        return _finish(means, turn, newest, homecoming)
+
+
+def _finish(means: Means, turn: Turn, newest: Point | None, homecoming: Homecoming | None) -> Failback:
+    """Remove the machine that the VM came home from."""
+    before = turn.state.beside
+    remove_superseded(means, turn, Command.FAILBACK)
+    left = tuple(one for one in turn.state.beside if transitions.is_superseded(one))
+    removed = next((one for one in before if one not in turn.state.beside), None)
+    return Failback(turn.settings.sources, newest, homecoming, removed, left)
 
 
 def _shut_down_and_intend(means: Means, turn: Turn, *, lost: bool, progress: Progress) -> None:

@@ -36,15 +36,22 @@ def doomed(
     """Return the machines that a cleanup removes.
 
     They are tests by their names, or all that do not count; by default the recovery machine where nobody has settled
-    for it, else all that do not count. Raises UsageError.
+    for it, and those that counted before, but no test: what is repeated must not reach further. Raises UsageError
+    where there is nothing but tests.
     """
     if wanted and everything:
         raise UsageError("name test machines, or say --all")
     if wanted:
         return tuple(dict.fromkeys(transitions.beside(name, state, one) for one in wanted))
-    if not everything and state.machine is not None and state.standing in transitions.ALLOWED[Command.CLEANUP]:
-        return (*(one for one in state.beside if transitions.is_superseded(one)), state.machine)
-    return state.beside
+    if everything:
+        return state.beside
+    chosen = [one for one in state.beside if transitions.is_superseded(one)]
+    if state.machine is not None and state.standing in transitions.ALLOWED[Command.CLEANUP]:
+        chosen.append(state.machine)
+    if state.beside and not chosen:
+        names = ", ".join(one.name for one in state.beside)
+        raise UsageError(f"{name} has test machines only: {names}", hint="name one with --test, or say --all")
+    return tuple(chosen)
 
 
 def cleanup(means: Means, wanted: Sequence[str] = (), *, everything: bool = False, forget: bool = False) -> Cleanup:

@@ -98,6 +98,8 @@ def require(name: str, state: State, command: Command) -> None:
         return
     if command is Command.CLEANUP and state.beside:
         return
+    if command is Command.FAILBACK and state.standing is Standing.PROTECTED and any(map(is_superseded, state.beside)):
+        return  # it came home, and what it left is to be removed
     choices = " or ".join(f"'{one}'" for one in next_commands(name, state))
     raise StandingError(f"{name} is {state.standing.value}: {say(state)}; no {command.value} now", hint=choices)
 
