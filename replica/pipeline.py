@@ -45,13 +45,10 @@ def ordered(
 
 
 def _result(future: Future[Result], tick: Callable[[], None]) -> Result:
-    while True:
-        try:
-            return future.result(TICK_SECONDS)
-        except TimeoutError:
-            if future.done():  # the work's own error, not the wait's
-                raise
-            tick()
+    # Not by the error of a wait that was too short: the work may end between that error and a look at it.
+    while not wait((future,), timeout=TICK_SECONDS).done:
+        tick()
+    return future.result()
 
 
 class Uploads:
