@@ -26,6 +26,7 @@ COMMANDS: dict[str, LazyCommand] = {
     "protect": LazyCommand("cli.protection:protect", "Protect a VM, made of its disk files."),
     "status": LazyCommand("cli.protection:status", "Show the protected VMs and how they stand."),
     "replicate": LazyCommand("cli.replication:replicate", "Make a recovery point of a VM as it is now."),
+    "run": LazyCommand("cli.run:run", "Be the agent: replicate this host's VMs at their intervals."),
     "points": LazyCommand("cli.replication:points", "List the recovery points of a VM."),
     "health": LazyCommand("cli.health:health", "Show how well the VMs are protected, and why not."),
     "restore": LazyCommand("cli.recovery:restore", "Restore disks of a VM into new files."),

@@ -23,9 +23,12 @@ from vhdx.errors import DiskError
     "--all", "everything", is_flag=True, help="Replicate every protected VM of the store, one after the other."
 )
 @click.option("--rescan", is_flag=True, help="Compare all that the disks hold, whatever their files tell of changes.")
+@click.option("--watch", is_flag=True, help="Go on, at each VM's interval, until told to stop, as 'godwit run' does.")
 @store_options
 @output_options
-def replicate(output: Output, name: str | None, everything: bool, rescan: bool, *, session: Session) -> int | None:
+def replicate(
+    output: Output, name: str | None, everything: bool, rescan: bool, watch: bool, *, session: Session
+) -> int | None:
     """Make a recovery point of the VM NAME as its disks are now.
 
     The first cycle reads all that the disks hold; later ones send only blocks that changed. A cycle that is
@@ -34,6 +37,8 @@ def replicate(output: Output, name: str | None, everything: bool, rescan: bool, 
     """
     if bool(name) == everything:
         raise click.UsageError("name one VM, or say --all")
+    if watch:
+        return _watch(output, session, name, rescan)
     store = session.store()
     if name:
         point = _replicate(output, store, session, name, rescan)
@@ -56,6 +61,16 @@ def replicate(output: Output, name: str | None, everything: bool, rescan: bool, 
             output.note(f"{one}: {error}")
     output.show({"cycles": results}, lambda: None)
     return worst
+
+
+def _watch(output: Output, session: Session, name: str | None, rescan: bool) -> int | None:
+    from cli import run  # noqa: PLC0415 - one cycle needs none of it
+
+    if rescan:
+        raise click.UsageError("--rescan is for one cycle, --watch for many: say one of the two")
+    if name:
+        session.vm(session.store(), name)  # says so where there is none
+    return run.watch(output, session, name)
 
 
 def _replicate(output: Output, store: Store, session: Session, name: str, rescan: bool) -> Point:

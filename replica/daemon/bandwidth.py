@@ -66,14 +66,11 @@ class Bucket:
     All cycles of an agent share one. After a pause a second's worth goes at once. A request of more than that waits
     until as much has come together, so that the average holds over any span longer than one request takes. Limits are
     the same throughout a minute of the clock, since no window and no zone begins within one.
-
-    ``sleep`` may raise, and then nothing goes through.
     """
 
-    def __init__(self, limits: Limits, clock: Clock, sleep: Callable[[float], None]) -> None:
+    def __init__(self, limits: Limits, clock: Clock) -> None:
         self._limits = limits
         self._clock = clock
-        self._sleep = sleep
         self._lock = threading.Lock()
         self._seen = clock.monotonic()
         self._taken = 0.0  # bytes that were asked for, since the beginning
@@ -90,14 +87,14 @@ class Bucket:
             self._advance()
             self._limits = limits
 
-    def take(self, size_bytes: int) -> None:
-        """Return when that many bytes more may go."""
+    def take(self, size_bytes: int, sleep: Callable[[float], None]) -> None:
+        """Return when that many bytes more may go, waiting by ``sleep``, which may raise: then nothing is to go."""
         with self._lock:
             self._advance()
             self._taken += size_bytes
             mine = self._taken
         while pause_seconds := self._pause(mine):
-            self._sleep(pause_seconds)
+            sleep(pause_seconds)
 
     def note(self, size_bytes: int) -> None:
         """Count bytes that went without asking; who asks next waits for them."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import ipaddress
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, time, tzinfo
 from typing import Any, Final
 from zoneinfo import ZoneInfo
@@ -38,7 +39,7 @@ class AgentTerms:
     refresh_seconds: int = 60  # how often VMs that are new, gone or changed are looked for
     grace_seconds: int = 30  # how long cycles may go on after the agent was told to stop
     patience_seconds: int = 120  # how long one call on the store is repeated
-    prune_seconds: int | None = 3600
+    prune_seconds: int | None = 6 * 3600
     gc_seconds: int | None = 12 * 3600
     retain: bool = True
     verify: Budget | None = _A_FIFTIETH  # a day
@@ -77,6 +78,11 @@ def read(value: Any) -> tuple[AgentTerms, list[str]]:
     known = (*settings, "bandwidth", "time_zone")
     mistakes += [f"agent.{name} is not a setting: there are {', '.join(known)}" for name in value if name not in known]
     return AgentTerms(**found), mistakes
+
+
+def chosen_by_name(terms: AgentTerms, name: str | None) -> AgentTerms:
+    """Return the terms for one VM, or for all where ``name`` is None, wherever their disks are; without an endpoint."""
+    return replace(terms, vms=("*" if name is None else glob.escape(name),), metrics=None)
 
 
 class _Zones:

@@ -34,6 +34,11 @@ def next_slot(after: float, period: float, at_phase: float) -> float:
     return slot
 
 
+def tolerance(period: float) -> float:
+    """Return by how many seconds something may begin before its turn, and count as begun at it: clocks differ."""
+    return min(1.0, period / 10)
+
+
 def missed_slots(begun: float, ended: float, period: float, at_phase: float) -> int:
     """Return how many turns came while what began at ``begun`` was under way until ``ended``."""
     first = next_slot(begun, period, at_phase)
