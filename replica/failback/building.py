@@ -10,10 +10,11 @@ from typing import Final
 from conversion.errors import ConversionError
 from replica.blockmap import Window
 from replica.errors import GodwitError
-from replica.failback.difference import Difference, blocks_of, subtracted, within
+from replica.failback.difference import Difference, blocks_of, within
 from replica.failback.goal import Goal, amiss, check, is_goal
 from replica.failback.hashing import Hasher
 from replica.failback.names import HomeFiles, Names, same_file
+from replica.failback.ranges import subtracted
 from replica.generation.image import Image
 from replica.restore import PointReader
 from vhdx.chain import open_vhdx

@@ -8,11 +8,12 @@ from typing import Self
 
 import numpy as np
 
-from replica.failback.difference import WINDOW_BYTES, Difference, whole_blocks
+from replica.failback.difference import WINDOW_BYTES, Difference
+from replica.failback.ranges import extents_from, whole_blocks
 from replica.view import PointView
 from vhdx.disk import Disk, Extents, ReadableBuffer, WritableBuffer
 from vhdx.errors import OutOfRangeError, ReadOnlyError
-from vhdx.extents import EMPTY, clipped, merged
+from vhdx.extents import clipped, merged
 
 
 class ExactView(PointView):
@@ -110,9 +111,7 @@ class LaidOver(_ReadOnly):
     def __init__(self, below: Disk, ranges: Sequence[tuple[int, bytes]]) -> None:
         self._below = below
         self._ranges = ranges
-        self._extents: Extents = (
-            merged([np.array([(offset, offset + len(data)) for offset, data in ranges], np.int64)]) if ranges else EMPTY
-        )
+        self._extents: Extents = extents_from((offset, offset + len(data)) for offset, data in ranges)
         self._starts = np.array([offset for offset, _ in ranges], np.int64)
         self.path = below.path
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from conversion.manifest import Manifest
+from replica.failback.ranges import extents_from
 from vhdx.disk import Extents
-from vhdx.extents import EMPTY, merged
+from vhdx.extents import EMPTY
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,4 +36,4 @@ def departure(point: int, bitmap: str | None, conversions: Iterable[tuple[int, M
 def converted_ranges(manifest: Manifest) -> Extents:
     """Return where a conversion wrote."""
     ranges = [(one.offset, one.end) for component in manifest.components for one in component.ranges]
-    return merged([np.array(ranges, np.int64)]) if ranges else EMPTY
+    return extents_from(ranges)

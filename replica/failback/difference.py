@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from replica.block import BLOCK_BYTES, HashArray, block_count, disk_base
 from replica.blockmap import WINDOW_BLOCKS, BlockMap, Window
+from replica.failback.ranges import subtracted
 from replica.maptable import Entries
 from vhdx.disk import Extents
 from vhdx.extents import EMPTY, merged, runs_of, total_length
@@ -135,44 +136,6 @@ def within(entries: Entries, disk: int, extents: Extents) -> Flags:
     """Return which of a window's entries are of blocks that begin in ``extents``."""
     offsets = (entries.keys - np.uint64(disk_base(disk))).astype(np.int64) * BLOCK_BYTES
     return np.equal(np.searchsorted(extents.reshape(-1), offsets, side="right") % 2, 1)
-
-
-def whole_blocks(extents: Extents, size: int) -> Extents:
-    """Return the blocks that ``extents`` touch, cut at the disk's end."""
-    if not len(extents):
-        return EMPTY
-    grown = np.stack(
-        (
-            extents[:, 0] // BLOCK_BYTES * BLOCK_BYTES,
-            np.minimum(-(-extents[:, 1] // BLOCK_BYTES) * BLOCK_BYTES, size),
-        ),
-        axis=1,
-    )
-    return merged([grown])
-
-
-def subtracted(extents: Extents, less: Extents) -> Extents:
-    """Return what of ``extents`` lies outside of ``less``."""
-    return _where(extents, less, inside=False)
-
-
-def intersected(extents: Extents, other: Extents) -> Extents:
-    """Return what both have in common."""
-    return _where(extents, other, inside=True)
-
-
-def _where(extents: Extents, other: Extents, *, inside: bool) -> Extents:
-    if not len(extents) or not len(other):
-        return EMPTY if inside else extents
-    edges = np.unique(np.concatenate((extents.reshape(-1), other.reshape(-1))))
-    starts = edges[:-1]
-    in_first = np.searchsorted(extents.reshape(-1), starts, side="right") % 2 == 1
-    in_other = np.searchsorted(other.reshape(-1), starts, side="right") % 2 == 1
-    kept = in_first & (in_other if inside else ~in_other)
-    runs = runs_of(kept)
-    if not len(runs):
-        return EMPTY
-    return np.stack((edges[runs[:, 0]], edges[runs[:, 1]]), axis=1)
 
 
 def blocks_of(extents: Extents) -> Iterator[tuple[int, int]]:

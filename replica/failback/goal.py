@@ -23,10 +23,10 @@ from replica.failback.difference import (
     Difference,
     blocks_of,
     dense_window,
-    whole_blocks,
 )
 from replica.failback.examination import Examined
 from replica.failback.hashing import Hasher
+from replica.failback.ranges import extents_from, whole_blocks
 from replica.model import DiskRecord
 from replica.view import PointView
 from vhdx.disk import Disk, Extents
@@ -120,7 +120,7 @@ def _unequal(content: Disk, home: Disk, blocks: Extents) -> Extents:
         before = home.read_at(start, inside) + bytes(end - start - inside) if inside else bytes(end - start)
         if content.read_at(start, end - start) != before:
             found.append((start, end))
-    return merged([np.array(found, np.int64)]) if found else EMPTY
+    return extents_from(found)
 
 
 def _digest(way: Way, content: LaidOver) -> Digest:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from replica.block import BLOCK_BYTES, Digest, HashArray, block_count, hash_blocks, zero_hash
 from replica.blockmap import WINDOW_BLOCKS
-from replica.failback.difference import WINDOW_BYTES, Dense, whole_blocks
+from replica.failback.difference import WINDOW_BYTES, Dense
+from replica.failback.ranges import whole_blocks
 from replica.pipeline import ordered
 from replica.workers import Workers
 from vhdx.disk import Disk, Extents

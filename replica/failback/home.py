@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from conversion.manifest import Manifest
 from replica.blockmap import BlockMap
 from replica.catalog import ProtectedVm
@@ -19,11 +17,11 @@ from replica.errors import UsageError
 from replica.failback.building import build_copy, build_overlay
 from replica.failback.content import ExactView
 from replica.failback.counted import CountedStore
-from replica.failback.difference import intersected
 from replica.failback.examination import Base, Examined, Touched, examine
 from replica.failback.goal import Goal, Way, goal_alone, goal_over, is_goal
 from replica.failback.hashing import Hasher
 from replica.failback.names import OS_HOME_FILES, HomeFiles, Names, same_file
+from replica.failback.ranges import extents_from, intersected
 from replica.failback.swap import discard, is_swapped, put_back, refuse_children, refuse_taken, settle, swap
 from replica.generation.image import Image
 from replica.host import Host
@@ -344,7 +342,7 @@ class _Homecoming:
         record = goal.way.record
         lost = intersected(examined.touched, goal.extents)
         if home.size > record.size:
-            past = np.array([[record.size, home.size]])
+            past = extents_from([(record.size, home.size)])
             lost = merged([lost, intersected(examined.touched, past)])
         if not len(lost):
             return 0

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from replica import catalog, cycle
 from replica.blockmap import BlockMap
 from replica.errors import LeaseHeldError, UsageError
-from replica.failback import home as homecoming
-from replica.failback.difference import differing, intersected, subtracted
+from replica.failback.building import build_overlay
+from replica.failback.difference import differing
 from replica.failback.examination import HomeTouchedError
 from replica.failback.home import HomeDisk, forget
 from replica.failback.names import Names
+from replica.failback.ranges import extents_from, intersected, subtracted
 from replica.mapstore import MapStore
 from replica.stores.memory import MemoryStore
 from tests.support.encryption import give_key, vault_for
@@ -102,6 +103,8 @@ def test_extents_are_subtracted_and_intersected(one: list[bool], other: list[boo
     first, second = {at for at, on in enumerate(one) if on}, {at for at, on in enumerate(other) if on}
     assert flags(subtracted(extents(one), extents(other))) == first - second
     assert flags(intersected(extents(one), extents(other))) == first & second
+    pairs = [(at, at + 2) for at in sorted(first | second, reverse=True)]
+    assert flags(extents_from(pairs)) == {at + more for at in first | second for more in (0, 1)}
 
 
 # -- coming home ------------------------------------------------------------------------------------------------------
@@ -273,14 +276,14 @@ def test_a_home_disk_that_is_written_to_meanwhile_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab = make(tmp_path)
-    build = homecoming.build_overlay
+    build = build_overlay
 
     def built(*arguments: object, **options: object) -> int:
         patch_disk(lab.homes[0], 40 * BLOCK, b"now of all times")
         return build(*arguments, **options)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch, pytest.raises(DiskError, match=r"changed since|was written to while"):
-        patch.setattr(homecoming, "build_overlay", built)
+        patch.setattr("replica.failback.home.build_overlay", built)
         lab.bring()
     assert read_disk(lab.homes[0])[40 * BLOCK :].startswith(b"now of all times")
     lab.bring(allow=True)
