@@ -101,9 +101,7 @@ def plan(means: Means, order: Order) -> Plan:
     if number is None and machine is not None and command is Command.FAILOVER:
         number = machine.point
     choice = choose(means.store, means.host, means.found, number, workers=means.workers)
-    platform = order.platform or DEFAULT_PLATFORM
-    generation = means.offer(platform).generation(choice.point.machine.generation, order.generation)
-    planned = conversions.plan(means.store, means.host, means.found, choice.point, generation, workers=means.workers)
+    platform, generation, planned = _look_ahead(means, order, choice.point)
     return Plan(choice.point, choice.passed_over, platform, generation, planned.disk)
 
 
@@ -123,9 +121,7 @@ def _test(means: Means, order: Order) -> Failover:
 
 def _machine(means: Means, order: Order, point: Point, kind: FailoverKind) -> tuple[RecoveryMachine, Conversion]:
     """Return a machine that is to be made of the point; how its disks are converted is in the store by then."""
-    platform = order.platform or DEFAULT_PLATFORM
-    generation = means.offer(platform).generation(point.machine.generation, order.generation)
-    planned = conversions.plan(means.store, means.host, means.found, point, generation, workers=means.workers)
+    platform, generation, planned = _look_ahead(means, order, point)
     conversion = conversions.keep(means.store, means.found, point.point, planned)
     is_test = kind is FailoverKind.TEST
     machine = RecoveryMachine(
@@ -142,6 +138,18 @@ def _machine(means: Means, order: Order, point: Point, kind: FailoverKind) -> tu
         conversions=conversions.refs(point.point, conversion),
     )
     return machine, conversion
+
+
+def _look_ahead(means: Means, order: Order, point: Point) -> tuple[str, Literal[1, 2], Conversion]:
+    """Return the platform, the generation and the conversion of a machine that is to be made of the point.
+
+    What stands against any of them is known by then, and nothing is written yet.
+    """
+    platform = order.platform or DEFAULT_PLATFORM
+    generation = means.offer(platform).generation(point.machine.generation, order.generation)
+    means.open_platform(platform)
+    planned = conversions.plan(means.store, means.host, means.found, point, generation, workers=means.workers)
+    return platform, generation, planned
 
 
 def _new_name(means: Means) -> str:
@@ -289,12 +297,8 @@ class _Failover:
                 f"{worst.because}",
                 hint=f"'godwit repair {self._means.name}' may mend it; --unplanned takes point {before.point}",
             )
-        platform = self._order.platform or DEFAULT_PLATFORM
-        generation = self._means.offer(platform).generation(before.machine.generation, self._order.generation)
         with self._turn.kept():  # what stands against it is known before anything is shut down
-            conversions.plan(
-                self._means.store, self._means.host, self._means.found, before, generation, workers=self._means.workers
-            )
+            _look_ahead(self._means, self._order, before)
         with final_point(self._means, self._turn, self._progress) as (point, off):
             self._final = point
             self._intend(point, FailoverKind.PLANNED)
