@@ -386,6 +386,15 @@ def test_a_file_in_the_way_of_the_old_disk_ends_it_before_anything_is_swapped(tm
     assert (read_disk(lab.homes[0]), names.before.read_bytes()) == (content(), b"mine")
 
 
+def test_a_file_that_is_named_as_an_old_disk_stays_where_nothing_was_to_do(tmp_path: Path) -> None:
+    data = content()
+    lab = make_home_lab(tmp_path, [data], [data])
+    names = Names(lab.homes[0], lab.found.vm.vm_id, lab.newest.point)
+    names.before.write_bytes(b"mine")
+    assert lab.bring().disks[0].how == "was-home"
+    assert names.before.read_bytes() == b"mine"
+
+
 def test_an_attempt_that_is_given_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lab = make(tmp_path)
 

@@ -128,6 +128,23 @@ def test_a_way_back_that_does_not_verify_leaves_the_home_disk(
     assert len(lab.names()) == 1
 
 
+def test_what_an_attempt_with_other_means_has_written_does_not_shine_through(
+    tmp_path: Path, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One attempt that knew of no conversion is cut off when its disk is built, the next one knows."""
+    lab = make(tmp_path, guest, "vhdx")
+
+    def cut_off(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("replica.failback.home.swap", cut_off)
+        lab.bring()
+    assert len(lab.names()) == 2
+    lab.bring(conversions={0: guest.manifest})
+    lab.assert_home()
+
+
 def test_the_ranges_of_a_conversion_are_where_it_wrote(guest: Guest) -> None:
     ranges = converted_ranges(guest.manifest).tolist()
     inside = bytearray(len(guest.before))
