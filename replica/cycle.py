@@ -212,7 +212,7 @@ class _Cycle:
             sources=tuple(sorted(self._settings.sources, key=lambda one: one.number)),
             before={disk.number: disk for disk in (self._previous.disks if self._previous else ())},
             randomness=self._host.randomness,
-            based_on=self._previous.point if self._previous else 0,
+            based_on=self._previous.origin if self._previous else 0,
             departure=self._departure(),
         )
 

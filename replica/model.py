@@ -275,7 +275,12 @@ class Point:
     disks: tuple[DiskRecord, ...]
     maps: tuple[MapRef, ...]
     cycle: CycleStatistics
-    repeats: int = 0  # the point whose content gc stored anew in this one; 0 for a point that a cycle made
+    repeats: int = 0  # the point of a cycle whose content gc stored anew in this one; 0 for one that a cycle made
+
+    @property
+    def origin(self) -> int:
+        """The point that a cycle made of what this one holds: this one, or the one that it repeats."""
+        return self.repeats or self.point
 
     @property
     def size(self) -> int:

@@ -90,16 +90,18 @@ def prune(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = N
 def _plan(store: Store, host: Host, keys: VmKeys, rule: Rule, newest: Point | None, settings: Settings) -> Pruning:
     # A store whose listing lags may not show the newest point yet: it is known, and counts.
     times = {} if newest is None else {newest.point: newest.created_at}
-    repeated = set() if newest is None else {newest.repeats}
+    origins = {} if newest is None else {newest.point: newest.origin}
     unreadable = []
     for one in history.points(store, keys):
         if isinstance(one, Point):
             times[one.point] = one.created_at
-            repeated.add(one.repeats)
+            origins[one.point] = one.origin
         else:
             unreadable.append(Unreadable(one.key, str(one)))
     pinned = pins.numbers(store, keys) | holds.in_force(store, keys, host.clock.now())
     pinned |= settings.state.points  # machines run from them; which these are changes under the lease only
+    latest = {origins[number]: number for number in sorted(origins)}
+    repeated = origins.keys() - latest.values()
     kept = retention.keep(rule, times, pinned, repeated)
     ordered = [PointTime(number, times[number]) for number in sorted(times)]
     return Pruning(

@@ -158,7 +158,7 @@ class _Rewriter:
                 segments=packer.segments,
                 seconds=self._host.clock.monotonic() - started,
             ),
-            repeats=self._newest.point,
+            repeats=self._newest.origin,
         )
         history.publish(self._store, self._found.keys, made)
         self._held.settle(self._number)

@@ -220,6 +220,7 @@ def test_a_run_copies_no_more_than_it_may_and_the_next_goes_on(tmp_path: Path) -
     first = rewritten(lab, terms=little)
     assert 0 < first.copied_bytes < whole.copied_bytes
     second = rewritten(lab)
+    assert newest(lab).repeats == newest(lab).point - 2
     assert first.copied_bytes + second.copied_bytes >= whole.copied_bytes
     assert not segments_named(lab, newest(lab)) & whole.segments
     lab.assert_restores()
@@ -233,6 +234,10 @@ def test_last_counts_what_was_rewritten_once(tmp_path: Path) -> None:
     done = prune.prune(lab.store, lab.host, lab.found, rule=retention.parse("last:3"))
     assert [one.point for one in done.kept] == [before - 2, before - 1, after]
     lab.assert_restores(*(one.point for one in done.kept))
+    again = rewritten(lab, replace(TERMS, percent=90)).point  # of the same content once more, as the rule sees it
+    assert again
+    done = prune.prune(lab.store, lab.host, lab.found, rule=retention.parse("last:1"))
+    assert [one.point for one in done.kept] == [again]
 
 
 def test_a_manifest_says_what_it_repeats_only_where_it_does(tmp_path: Path) -> None:
