@@ -25,7 +25,7 @@ from replica.hyperv.files import HostFiles, open_chain
 from replica.hyperv.frozen import newest_checkpoint
 from replica.hyperv.instants import Reference, Taken, VmInstants
 from replica.hyperv.machine import Drive, drive_at
-from replica.hyperv.session import HypervError, Session
+from replica.hyperv.session import HypervError, Session, SessionError
 from replica.model import DiskRecord, SourceDisk
 from replica.source import Instant, OpenSource, Wanted
 from replica.tracking import SCAN, Found, changes_since, identity
@@ -63,30 +63,29 @@ class HypervSource:
         reference = vm.settled(survey, _newest_label(wanted, first.vm))
         label = f"{wanted.point:020}-{wanted.randomness.new_id()}"
         taken = vm.take(label, first.take, survey.version)
-        with ExitStack() as stack:
-            try:
+        try:
+            with ExitStack() as stack:  # files are let go before anything is asked of the checkpoint beneath them
                 files = HostFiles(session, first.maps, here=first.host is None)
                 disks = []
                 for source, address in zip(wanted.sources, addresses, strict=True):
                     drive = drive_at(taken.drives, address.disk, first.name or first.vm)
                     disk = stack.enter_context(_opened(files, drive, source))
-                    before = wanted.before.get(source.number)
                     tracked = _Tracked(session, first.vm, drive, disk, reference)
                     about = tracked.about() | {LABEL: label}
                     if taken.why_not:
                         about["not_quiesced"] = taken.why_not[:300]
-                    disks.append(OpenSource(source, disk, tracked.found(before), about))
+                    disks.append(OpenSource(source, disk, tracked.found(wanted.before.get(source.number)), about))
                 yield Instant(tuple(disks), taken.consistency, partial(self._acknowledge, first, wanted.vm_id, taken))
-                if not vm.stands(taken):
-                    raise SourceError(
-                        "the VM's checkpoint was removed while it was being read, so nothing was published",
-                        path=first.name or first.vm,
-                        hint="leave checkpoints of the type Recovery alone",
-                    )
-            except BaseException:
-                with suppress(SourceError):  # the next cycle removes it where this one cannot
-                    vm.discard(taken.snapshot)
-                raise
+            if not vm.stands(taken):
+                raise SourceError(
+                    "the VM's checkpoint was removed while it was being read, so nothing was published",
+                    path=first.name or first.vm,
+                    hint="leave checkpoints of the type Recovery alone",
+                )
+        except BaseException:
+            with suppress(SourceError):  # the next cycle removes it where this one cannot
+                vm.discard(taken.snapshot)
+            raise
 
     def _acknowledge(self, first: HypervAddress, vm_id: str, taken: Taken) -> None:
         """Turn the checkpoint into a reference point. Where that cannot be done now, the next cycle does it."""
@@ -171,6 +170,8 @@ class _Tracked:
             return Found(SCAN, f"the reference point of the newest point {why}")
         try:
             changed = changed_since(self.session, self.drive.path, limit, self.disk.size)
+        except SessionError:
+            raise
         except HypervError as error:
             return Found(SCAN, f"Hyper-V cannot tell what was written: {error.message}"[:300])
         return Found(TRACKED, "Hyper-V recorded the writes since the newest point", partial(_one, changed))
@@ -179,8 +180,8 @@ class _Tracked:
         """Return why the disk is not the one that ``before`` was read from, or nothing."""
         if before is None:
             return "the disk is new"
-        other = [name for name, value in self.about().items() if before.source.get(name) != value]
-        if other == ["file"]:
+        other = {name for name, value in self.about().items() if before.source.get(name) != value}
+        if "file" in other and other <= {"file", "virtual_disk_id"}:
             return "the disk is in another file: it was moved, or a checkpoint was made, removed or applied"
         if other:
             return "the newest point was read from another disk"
