@@ -137,6 +137,7 @@ def _stop_qemu(path: str, timeout_seconds: float, sleep: Callable[[float], None]
             ask_at = time.monotonic()
             while monitor.execute("query-status").get("status") != "shutdown":
                 if time.monotonic() > deadline:
+                    monitor.execute("set-action", shutdown="poweroff")  # as it was, unless it was started otherwise
                     raise SourceError(
                         f"the guest did not shut down within {timeout_seconds:.0f} s",
                         path=socket,
