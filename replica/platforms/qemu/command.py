@@ -63,7 +63,11 @@ def command_line(
         command += ["-drive", f"if=pflash,unit=1,format=raw,file={_escaped(str(files.variables))}"]
     for disk in spec.disks:
         command += ["-blockdev", json.dumps(block_node(disk, files, backed=disk.number in backed))]
-    command += [argument for line in _devices(spec) for argument in ("-device", line)]
+        if disk.number in backed:
+            # A BIOS reads sector by sector: what was fetched once, by whole clusters, is kept.
+            keeping = {"driver": "copy-on-read", "node-name": _keeper(disk.number), "file": node_name(disk.number)}
+            command += ["-blockdev", json.dumps(keeping)]
+    command += [argument for line in _devices(spec, backed) for argument in ("-device", line)]
     return [*command, *_adapters(spec), *options]
 
 
@@ -84,6 +88,10 @@ def node_name(number: int) -> str:
     return f"disk{number}"
 
 
+def _keeper(number: int) -> str:
+    return f"keep{number}"
+
+
 def bios_uuid(name: str) -> uuid.UUID:
     """Return the UUID that the machine's firmware tells its guest: the same at every start."""
     return uuid.uuid5(_MACHINES, name)
@@ -99,13 +107,14 @@ def firmware() -> tuple[Path, Path]:
     )
 
 
-def _devices(spec: MachineSpec) -> Iterator[str]:
+def _devices(spec: MachineSpec, backed: frozenset[int]) -> Iterator[str]:
     """Yield the devices of the disks. An error of a disk stops the machine: once it is cured, it goes on."""
     common = "rerror=stop,werror=stop"
     first = min((disk.number for disk in spec.disks), default=0)
     plain = 0
     for disk in spec.disks:
-        what = f"drive={node_name(disk.number)},id=device{disk.number},{common}"
+        node = _keeper(disk.number) if disk.number in backed else node_name(disk.number)
+        what = f"drive={node},id=device{disk.number},{common}"
         what += ",bootindex=1" if disk.number == first else ""
         if disk.bus == "virtio" or disk.sector_size != 512:  # no IDE disk has other sectors
             size = disk.sector_size
