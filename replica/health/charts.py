@@ -39,7 +39,7 @@ def plots(one: Assessment, detail: Detail) -> str:
     if not timeline:
         return "<h4>Over time</h4><p>There is no recovery point yet.</p>"
     span = span_for((point.created_at for point in timeline), seen.at, detail.bins)
-    cycles = [point for point in timeline if not point.is_first]
+    cycles = [point for point in timeline if point.by_cycle]
 
     def average(values: Iterator[tuple[datetime, float]]) -> tuple[float | None, ...]:
         return binned(span, values, lambda found: sum(found) / len(found))
@@ -87,7 +87,7 @@ def exposures(seen: Observation) -> Iterator[tuple[datetime, float]]:
 
     Points that were removed, or not read, lie between some: they shared the time equally, as far as is known.
     """
-    restorable = [one for one in seen.timeline if one.point not in seen.damaged]
+    restorable = [one for one in seen.timeline if one.point not in seen.damaged and not one.rewritten]
     for one, later in pairwise(restorable):
         grown = (later.published_at - one.created_at).total_seconds() / max(1, later.point - one.point)
         yield later.published_at, max(0.0, grown)

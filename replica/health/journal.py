@@ -184,7 +184,7 @@ def _encode_piece(samples: Sequence[PointSample]) -> dict[str, Any]:
         "cycle_ms": [round(one.seconds * 1000) for one in samples],
         "consistency": [one.consistency.value for one in samples],
         "found_by": [one.found_by for one in samples],
-        "flags": [one.is_first | one.not_quiesced << 1 for one in samples],
+        "flags": [one.is_first | one.not_quiesced << 1 | one.rewritten << 2 for one in samples],
         **{name: [getattr(one, name) for one in samples] for name in _COLUMNS},
     }
 
@@ -208,6 +208,7 @@ def _decode_piece(body: Fields) -> Iterator[PointSample]:
                 found_by=one["found_by"],
                 is_first=bool(one["flags"] & 1),
                 not_quiesced=bool(one["flags"] & 2),
+                rewritten=bool(one["flags"] & 4),
                 **{name: one[name] for name in _COLUMNS},
             )
         except (ValueError, OverflowError, OSError) as error:

@@ -32,6 +32,12 @@ class PointSample:
     found_by: str = ""
     chain_files: int = 0
     not_quiesced: bool = False
+    rewritten: bool = False  # no cycle made it: it holds an older point's content, and has its time
+
+    @property
+    def by_cycle(self) -> bool:
+        """Whether it tells how a delta went: neither the first point nor a rewritten one does."""
+        return not (self.is_first or self.rewritten)
 
     @property
     def latency_seconds(self) -> float:
@@ -58,6 +64,7 @@ def sample_of(point: Point) -> PointSample:
         found_by="scan" if "scan" in ways else next((way for way in ways if way), ""),
         chain_files=max(chains, default=0),
         not_quiesced=any("not_quiesced" in disk.source for disk in point.disks),
+        rewritten=point.repeats != 0,
     )
 
 

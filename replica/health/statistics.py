@@ -37,7 +37,7 @@ class Statistics:
 def statistics(seen: Observation, window: timedelta) -> Statistics:
     """Return the statistics of the window that ends now."""
     inside = [one for one in seen.timeline if one.created_at > seen.at - window]
-    deltas = [one for one in inside if not one.is_first]
+    deltas = [one for one in inside if one.by_cycle]
     latencies = [one.latency_seconds for one in deltas]
     stored = [one.stored_bytes for one in deltas]
     points, misses = _cycles(seen, window)
@@ -57,7 +57,8 @@ def statistics(seen: Observation, window: timedelta) -> Statistics:
 
 def resynchronised(samples: Sequence[PointSample]) -> list[PointSample]:
     """Return the points for which all was compared although changes were tracked for the one before."""
-    return [later for one, later in pairwise(samples) if later.found_by == "scan" and one.found_by not in ("", "scan")]
+    cycles = [one for one in samples if not one.rewritten]
+    return [later for one, later in pairwise(cycles) if later.found_by == "scan" and one.found_by not in ("", "scan")]
 
 
 def _cycles(seen: Observation, window: timedelta) -> tuple[int, int]:
@@ -67,7 +68,8 @@ def _cycles(seen: Observation, window: timedelta) -> tuple[int, int]:
     no misses. A gap is measured in the VM's own intervals; a clock that was set back makes no gap.
     """
     start = seen.at - window
-    timeline = seen.timeline
+    timeline = [one for one in seen.timeline if not one.rewritten]
+    rewritten = [one.point for one in seen.timeline if one.rewritten]
     if not timeline:
         return 0, 0
     interval = seen.interval_seconds
@@ -76,7 +78,7 @@ def _cycles(seen: Observation, window: timedelta) -> tuple[int, int]:
         if later.created_at <= start:
             continue
         gap = (later.created_at - one.created_at).total_seconds()
-        made = later.point - one.point
+        made = later.point - one.point - sum(one.point < number < later.point for number in rewritten)
         share = 1.0
         if one.created_at < start and gap > 0:  # the part of the gap that lies in the window
             share = (later.created_at - start).total_seconds() / gap
@@ -92,7 +94,7 @@ def _cycles(seen: Observation, window: timedelta) -> tuple[int, int]:
 
 
 def _rate(samples: Sequence[PointSample]) -> float | None:
-    measured = [one for one in samples if one.read_bytes >= MEASURABLE_BYTES and one.seconds > 0]
+    measured = [one for one in samples if not one.rewritten and one.read_bytes >= MEASURABLE_BYTES and one.seconds > 0]
     if not measured:
         return None
     return sum(one.read_bytes for one in measured) / sum(one.seconds for one in measured)
