@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from conversion.errors import ConversionError
+from replica.block import BLOCK_BYTES
 from replica.blockmap import Window
-from replica.errors import GodwitError
+from replica.errors import GodwitError, UsageError
 from replica.failback.difference import Difference, blocks_of, within
 from replica.failback.goal import Goal, amiss, check, is_goal
 from replica.failback.hashing import Hasher
@@ -23,6 +25,7 @@ from vhdx.create import create_disk
 from vhdx.disk import Disk, Extents, ReadableBuffer
 from vhdx.errors import DiskError, OsError
 from vhdx.extents import merged, total_length
+from vhdx.osfile import translated
 from vhdx.progress import Progress, silent
 from vhdx.vhdx import VhdxDisk
 from vhdx.writer import open_writable
@@ -69,6 +72,7 @@ def build_overlay(
     """
     path, folders = names.building, (names.home.parent,)
     todo = _left_to_do(names, goal, hasher, files)
+    _require_room(path.parent, (todo or goal.stored).bytes + total_length(goal.laid))
     try:
         if todo is None:
             files.remove(path)
@@ -147,6 +151,7 @@ def build_copy(
     if path.exists() and not _is_whole(path, format_, goal, hasher):
         files.remove(path)
     if not path.exists():
+        _require_room(path.parent, goal.way.record.data_blocks * BLOCK_BYTES)
         done = convert_disk(goal.content, path, format=format_, progress=progress, files=files)
         written = done.written_bytes
     try:
@@ -164,6 +169,18 @@ def _is_whole(path: Path, format_: ConvertFormat, goal: Goal, hasher: Hasher) ->
             return is_goal(disk, goal, hasher)
     except DiskError:
         return False
+
+
+def _require_room(folder: Path, needed_bytes: int) -> None:
+    """Raise UsageError where there cannot be room: better said now than after an hour."""
+    with translated(folder, "ask for the free space of the folder"):
+        free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
+        raise UsageError(
+            f"{needed_bytes} bytes are to be written beside the home disk, and only {free_bytes} are free",
+            path=str(folder),
+            hint="free some space there, or bring the VM home to new files elsewhere",
+        )
 
 
 def _thrown_away(path: Path, files: HomeFiles) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +19,15 @@ from replica.failback.building import build_overlay
 from replica.failback.difference import differing
 from replica.failback.examination import HomeTouchedError
 from replica.failback.home import HomeDisk, forget
-from replica.failback.names import Names
+from replica.failback.names import HomeFiles, Names
 from replica.failback.ranges import extents_from, intersected, subtracted
+from replica.failback.swap import swap
 from replica.mapstore import MapStore
 from replica.stores.memory import MemoryStore
 from tests.support.encryption import give_key, vault_for
 from tests.support.engine import BLOCK, WORKERS, make_lab, random_blocks
 from tests.support.home_lab import HomeLab, changed, make_home_lab, patch_disk, read_disk
+from vhdx import qcow2
 from vhdx.create import create_disk
 from vhdx.disk import Extents
 from vhdx.errors import DiskBusyError, DiskError, OsError, ParentError
@@ -170,6 +173,54 @@ def test_no_disk_is_swapped_before_all_are_built(tmp_path: Path) -> None:
     assert read_disk(lab.homes[0]) == datas[0]
     lab.bring(allow=True)
     lab.assert_home()
+
+
+def test_a_vm_whose_disks_were_swapped_in_part_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datas = [content(1), content(7)]
+    lab = make_home_lab(tmp_path, datas, [changed(datas[0], 1), changed(datas[1], 2)])
+    swaps = 0
+
+    def second_is_cut_off(names: Names, files: HomeFiles, *, overlay: bool) -> None:
+        nonlocal swaps
+        swaps += 1
+        if swaps == 2:
+            raise KeyboardInterrupt
+        swap(names, files, overlay=overlay)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("replica.failback.home.swap", second_is_cut_off)
+        lab.bring()
+    assert [read_disk(path) for path in lab.homes] == [lab.wanted[0], datas[1]]
+    assert [one.how for one in lab.bring().disks] == ["was-home", "overlay"]
+    lab.assert_home()
+
+
+@pytest.mark.skipif(shutil.which("qemu-nbd") is None, reason="qemu-nbd is not installed")
+def test_a_qcow2_comes_home_as_a_whole_copy(tmp_path: Path) -> None:
+    """As of a VM that ran in QEMU: its points were read through the monitor, its home disk is opened at rest."""
+    lab = make(tmp_path, "raw")
+    path = lab.homes[0].with_suffix(".qcow2")
+    qcow2.from_raw(lab.homes[0], path, size=len(content()))
+    lab.homes[0].unlink()
+    homes = [HomeDisk(0, path)]
+    assert lab.bring(homes=homes).disks[0].how == "copy"
+    assert (lab.asked, lab.names()) == ([], [path.name])
+    qcow2.to_raw(path, tmp_path / "read.img")
+    assert (tmp_path / "read.img").read_bytes() == lab.wanted[0]
+    assert lab.bring(homes=homes).disks[0].how == "was-home"
+
+
+@pytest.mark.parametrize("kind", ["vhdx", "raw"])
+def test_too_little_room_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    lab = make(tmp_path, kind)
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="only 1000 are free"):
+        patch.setattr("replica.failback.building.shutil.disk_usage", lambda _: usage._replace(free=1000))
+        lab.bring()
+    assert lab.names() == [lab.homes[0].name]
+    assert read_disk(lab.homes[0]) == content()
 
 
 @pytest.mark.parametrize("kind", ["vhdx", "raw"])
