@@ -228,9 +228,11 @@ class _Planner:
         if content is None:
             raise RefusedError("the unified kernel image cannot be read", subject=unified.path)
         image = split_unified_image(content, subject=unified.path)
-        if esp.list_folder(UNIFIED_FOLDER) is None:
-            esp.make_folder(UNIFIED_FOLDER)
         why = f"a BIOS cannot start {unified.path} itself"
+        if esp.list_folder(UNIFIED_FOLDER) is None:
+            with self._overlay.because(f"{UNIFIED_FOLDER} on partition {self._esp.number}", why):
+                esp.make_folder(UNIFIED_FOLDER)
+            self._documents[ESP] = {"added": [], "folder": UNIFIED_FOLDER}
         files = [(f"{UNIFIED_FOLDER}/linux{number}", image.kernel)]
         files += [(f"{UNIFIED_FOLDER}/initrd{number}-{index}", data) for index, data in enumerate(image.initrds)]
         added = self._documents.setdefault(ESP, {"added": []})["added"]

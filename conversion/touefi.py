@@ -134,6 +134,10 @@ class _WayBack:
                 continue
             with self._overlay.because(f"{path} on {subject}", "removed: a start from UEFI has no use for it"):
                 esp.remove_file(path)
+        folder = document.get("folder")
+        if folder is not None and esp.list_folder(folder) == ():
+            with self._overlay.because(f"{folder} on {subject}", "removed: the conversion made it, and it is empty"):
+                esp.remove_folder(folder)
 
     def _undo_edits(self, document: Json) -> None:
         """Undo edits of text by what the files hold now: an editor writes a new file, and leaves the old bytes be."""

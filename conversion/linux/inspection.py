@@ -45,6 +45,7 @@ _OS_RELEASE: Final = ("/etc/os-release", "/usr/lib/os-release")
 _PROGRAMS: Final = ("/bin/sh", "/usr/bin/env", "/bin/busybox", "/sbin/init", "/usr/lib/systemd/systemd")
 _KERNEL: Final = re.compile(r"(?:vmlinuz|vmlinux|kernel|bzImage|Image)(?:-(.+))?")
 _ENTRY_FOLDERS: Final = ("/loader/entries", "/boot/loader/entries")
+_FALLBACK: Final = "/EFI/BOOT/BOOTX64.EFI"  # may be a unified image itself, where it is the only one
 MOST_SUBVOLUMES: Final = 64
 MOST_UNIFIED: Final = 64
 
@@ -229,8 +230,9 @@ def _read_entries(
     is_extended = volume.partition is not None and volume.partition.type_guid == EXTENDED_BOOT
     if volume.probed.kind == "vfat" or is_extended:
         names = [item.name for item in names_in(file_system, "/EFI/Linux") if item.name.lower().endswith(".efi")]
-        unified = (read_unified(volume, f"/EFI/Linux/{name}") for name in names[:MOST_UNIFIED])
-        boot.unified += [one for one in unified if one is not None]
+        paths = [*(f"/EFI/Linux/{name}" for name in names[:MOST_UNIFIED]), _FALLBACK]
+        unified = [one for path in paths if (one := read_unified(volume, path)) is not None]
+        boot.unified += unified[:-1] if len(unified) > 1 and unified[-1].path == _FALLBACK else unified
 
 
 # -- kernels
