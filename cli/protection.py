@@ -31,7 +31,8 @@ from replica.stores.store import Store
     multiple=True,
     type=click.Path(path_type=Path, readable=False),
     metavar="PATH",
-    help="A disk of the VM: VHDX, AVHDX, VHD or raw; with --qmp a block node; with --libvirt a target, such as vda."
+    help="A disk of the VM: VHDX, AVHDX, VHD or raw; with --qmp a block node; with --libvirt a target, such as vda;"
+    " with --hyperv a place, such as scsi-0-1."
     " The boot disk first. May be repeated.",
 )
 @click.option(
@@ -53,7 +54,33 @@ from replica.stores.store import Store
 @click.option(
     "--no-freeze",
     is_flag=True,
-    help="With --libvirt: do not freeze file systems for the instant, though the guest agent could.",
+    help="With --libvirt or --hyperv: do not quiesce the guest for the instant, though that could be done.",
+)
+@click.option(
+    "--hyperv",
+    metavar="VM",
+    help="The VM is on a Hyper-V host, which describes the machine and its disks; --disk chooses among them."
+    " By its name or identifier. Never run against a real host yet.",
+)
+@click.option(
+    "--host",
+    metavar="HOST",
+    help="With --hyperv: the host, reached by PowerShell remoting over HTTPS, or http://HOST.  [default: this machine]",
+)
+@click.option(
+    "--host-path",
+    "host_paths",
+    multiple=True,
+    metavar="THERE=HERE",
+    help="With --hyperv: where a folder of the host is reached from here, such as C:\\VMs=/mnt/vms. May be repeated.",
+)
+@click.option(
+    "--only-frozen", is_flag=True, help="With --hyperv: no recovery point where the guest cannot be quiesced."
+)
+@click.option(
+    "--checkpoints",
+    is_flag=True,
+    help="With --hyperv: make no checkpoints, but read the newest that somebody else made.",
 )
 @click.option("--every", type=Duration(), help="The interval between recovery points.  [default: 5m]")
 @click.option("--generation", type=click.Choice(["1", "2"]), help="1 is BIOS, 2 is UEFI.  [default: by the boot disk]")
@@ -81,6 +108,11 @@ def protect(
     libvirt: str | None,
     connect: str | None,
     no_freeze: bool,
+    hyperv: str | None,
+    host: str | None,
+    host_paths: tuple[str, ...],
+    only_frozen: bool,
+    checkpoints: bool,
     every: int | None,
     generation: str | None,
     cpus: int | None,
@@ -95,12 +127,20 @@ def protect(
     *,
     session: Session,
 ) -> None:
-    """Protect the VM NAME, made of disk files, of the block nodes of a running QEMU, or of a libvirt domain.
+    """Protect the VM NAME: disk files, block nodes of a running QEMU, a libvirt domain, or a VM on a Hyper-V host.
 
     This records the disks and the machine that they belong to; 'godwit replicate NAME' then makes recovery points.
     """
     wishes = MachineWishes(_generation(generation), cpus, memory, _nics(nics), secure_boot)
-    origin = _origin(disks, wishes, qmp, guest_agent, libvirt, connect, freeze=not no_freeze)
+    if hyperv is not None:
+        if qmp or guest_agent or libvirt or connect:
+            raise click.UsageError("--hyperv does without --qmp, --guest-agent, --libvirt and --connect")
+        taken = _take(no_freeze=no_freeze, only_frozen=only_frozen, checkpoints=checkpoints)
+        origin = _hyperv_origin(hyperv, disks, wishes, host, taken, host_paths)
+    elif host or host_paths or only_frozen or checkpoints:
+        raise click.UsageError("--host, --host-path, --only-frozen and --checkpoints go with --hyperv")
+    else:
+        origin = _origin(disks, wishes, qmp, guest_agent, libvirt, connect, freeze=not no_freeze)
     store = session.store()
     if update:
         if encrypt:
@@ -141,7 +181,7 @@ def protect(
         for one in settings.sources:
             output.line(f"  disk {one.number}: {one.path}")
         if origin.left_out:
-            output.note(f"left out, as libvirt makes no backup of them: {', '.join(origin.left_out)}")
+            output.note(f"left out, as they cannot be protected: {', '.join(origin.left_out)}")
         output.note(f"next: godwit replicate {name} --store {store.url}")
 
     output.show({**_settings_document(found, settings), "encrypted": session.vault.is_encrypted(found.keys)}, render)
@@ -178,6 +218,28 @@ def _origin(
     targets = tuple(str(disk) for disk in disks)
     domain = find_domain(libvirt, connect=connect, targets=targets, freeze=freeze, wishes=wishes)
     return _Origin([*domain.disks], domain.machine, domain.buses, domain.left_out)
+
+
+def _take(*, no_freeze: bool, only_frozen: bool, checkpoints: bool) -> str:
+    if no_freeze + only_frozen + checkpoints > 1:
+        raise click.UsageError("choose one of --no-freeze, --only-frozen and --checkpoints")
+    return "crash" if no_freeze else "application" if only_frozen else "checkpoint" if checkpoints else "either"
+
+
+def _hyperv_origin(
+    vm: str,
+    disks: tuple[Path, ...],
+    wishes: MachineWishes,
+    host: str | None,
+    take: str,
+    maps: tuple[str, ...],
+) -> _Origin:
+    from replica.hyperv.address import Take  # noqa: PLC0415 - other commands start without
+    from replica.hyperv.protecting import find_vm  # noqa: PLC0415
+
+    positions = tuple(str(disk) for disk in disks)
+    found = find_vm(vm, host=host, positions=positions, take=Take(take), maps=maps, wishes=wishes)
+    return _Origin([*found.disks], found.machine, found.buses, found.left_out)
 
 
 def _places(disks: tuple[Path, ...], qmp: str | None, guest_agent: str | None) -> list[Path | str]:
