@@ -54,6 +54,7 @@ def execute(
     """Run COMMAND, a program and its arguments, in the guest of a recovery machine of the VM NAME.
 
     No shell is between: name one to have one. What the program writes comes out here, and the exit code is its own.
+    Write -- before a program that is given --json.
     """
     done = _found(session, name, machine).execute(command, timeout_seconds=timeout_seconds)
 

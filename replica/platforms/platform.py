@@ -49,6 +49,7 @@ class MachineSpec:
     machine: Machine  # its generation is the one to start as
     disks: tuple[DiskSpec, ...]
     isolated: bool = False
+    system: Literal["linux", "windows"] | None = None  # where that is known: it has other drivers
 
 
 @dataclass(frozen=True, slots=True)
