@@ -56,7 +56,8 @@ def execute(
     No shell is between: name one to have one. What the program writes comes out here, and the exit code is its own.
     Write -- before a program that is given --json.
     """
-    done = _found(session, name, machine).execute(command, timeout_seconds=timeout_seconds)
+    program = command[1:] if command[0] == "--" else command  # what comes after NAME is not looked at by click
+    done = _found(session, name, machine).execute(program, timeout_seconds=timeout_seconds)
 
     def render() -> None:
         for stream, content in ((output.stdout, done.output), (output.stderr, done.error_output)):
