@@ -8,12 +8,12 @@ PACKAGES := sh tests/support/install_packages.sh
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-boot check format bench docs clean
+.PHONY: help setup demo test test-boot test-browser check format bench docs clean
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
 help:  ## list what can be done
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/.developer $(VENV)/.machines  ## install everything: packages, .venv, godwit in it, the tools of development
 	@echo "Ready: $(BIN)/godwit --help"
@@ -26,6 +26,9 @@ test: setup  ## run every test, those that boot virtual machines included (some 
 
 test-boot: setup  ## start virtual machines of every layout that the converter knows (a quarter of an hour)
 	GODWIT_BOOT=all $(BIN)/pytest -m boot $(ARGS)
+
+test-browser: $(VENV)/.browser  ## open the report of health in Chromium: accessibility, hostile names, size
+	GODWIT_BROWSER=1 $(BIN)/pytest -m browser $(ARGS)
 
 check: setup  ## what CI runs: format, lint, types (Linux and Windows), layers, every test
 	$(BIN)/ruff format --check .
@@ -68,6 +71,11 @@ $(VENV)/.developer: pyproject.toml | $(VENV)/.python
 	@echo "Installing godwit, its libraries and the tools of development into $(VENV)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable . --group dev
 	@touch $(VENV)/.product $@
+
+$(VENV)/.browser: $(VENV)/.developer tests/support/install_packages.sh
+	@$(PACKAGES) browser
+	@$(BIN)/pip install --quiet --disable-pip-version-check --group browser
+	@touch $@
 
 $(VENV)/.machines: tests/support/install_packages.sh | $(VENV)/.python
 	@$(PACKAGES) machines

@@ -15,6 +15,7 @@ from replica.health.rules import RULES
 
 MOST_BINS: Final = 84
 MOST_WITH_TITLES: Final = 200  # machines: beyond, a browser would have to hold too much
+MOST_PLOTTED: Final = 300
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,10 @@ _FOOTER: Final = (
     '</main><footer><p class="soft">RPO is the age of the newest point that restores. Every reason names its rule, '
     "its threshold, what was observed, and what to do.</p></footer>"
 )
+_UNPLOTTED: Final = (
+    "<h4>Over time</h4><p>So large a report has plots of the machines that stand first alone. "
+    "Ask for this machine by its name to see its own.</p>"
+)
 _TONE: Final = {Severity.NORMAL: "good", Severity.WARNING: "warn", Severity.CRITICAL: "bad"}
 _READY_TONE: Final = {Readiness.READY: "good", Readiness.UNPROVEN: "warn", Readiness.NOT_READY: "bad"}
 # Marks that reorder or hide text, and controls: shown as what they are, or a name could pass for another.
@@ -54,7 +58,10 @@ def page(assessments: Sequence[Assessment], now: datetime, *, title: str = "Repl
         _overview(assessments),
         _fleet_table(ordered),
         '<h2 id="vms">Machines</h2>',
-        *(_machine(number, one, detail, is_open=len(assessments) <= OPEN_AT_ONCE) for number, one in ordered),
+        *(
+            _machine(number, one, detail if place < charts.MOST_PLOTTED else None, is_open=len(ordered) <= OPEN_AT_ONCE)
+            for place, (number, one) in enumerate(ordered)
+        ),
         _FOOTER,
     ]
     head = (
@@ -131,7 +138,7 @@ def _drill_text(drill: Event | None) -> str:
     return "never" if drill is None else f"{drill.result} {time_text(drill.at)[:10]}"
 
 
-def _machine(number: int, one: Assessment, detail: charts.Detail, *, is_open: bool) -> str:
+def _machine(number: int, one: Assessment, detail: charts.Detail | None, *, is_open: bool) -> str:
     seen = one.seen
     rpo = "RPO unknown" if one.rpo_seconds is None else f"RPO {duration_text(one.rpo_seconds)}"
     parts = [
@@ -144,7 +151,8 @@ def _machine(number: int, one: Assessment, detail: charts.Detail, *, is_open: bo
         _reasons("What stands against readiness", one.doubts),
     ]
     if seen.unread is None:
-        parts += [_facts(one), charts.plots(one, detail), _drills(seen), _changes(seen.changes)]
+        plotted = _UNPLOTTED if detail is None else charts.plots(one, detail)
+        parts += [_facts(one), plotted, _drills(seen), _changes(seen.changes)]
         parts += [f'<p class="soft">{_text(warning)}</p>' for warning in seen.warnings]
     parts.append('<p><a href="#fleet">Back to the fleet</a></p></div></details>')
     return "".join(parts)

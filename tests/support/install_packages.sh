@@ -1,16 +1,18 @@
 #!/bin/sh
 # Installs the Debian packages that building and booting test machines need: only those missing, asking for root only then.
-#   install_packages.sh python|machines...
+#   install_packages.sh python|machines|browser...
 set -eu
 
 python="python3 python3-venv"
 machines="qemu-utils qemu-system-x86 ovmf mmdebstrap uidmap fdisk gdisk dosfstools mtools e2fsprogs grub-efi-amd64-bin grub-pc-bin grub-common libhivex-bin libwin-hivex-perl ntfs-3g xfsprogs btrfs-progs nasm libnbd-bin libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients"
+browser="chromium fonts-dejavu-core"
 
 wanted=""
 for set in "$@"; do
     case "$set" in
     python) wanted="$wanted $python" ;;
     machines) wanted="$wanted $machines" ;;
+    browser) wanted="$wanted $browser" ;;
     *) echo "unknown set of packages: $set" >&2; exit 2 ;;
     esac
 done

@@ -110,7 +110,7 @@ def test_the_month_as_it_was(moment: tuple[float, ...], reasons: list[str], rpo_
 
 
 def test_what_the_whole_month_came_to() -> None:
-    # 30 days of 96 cycles are 2,880; 12, 96 and 2 were missed. The clock that was put ahead makes it look like one more.
+    # 30 days of 96 cycles are 2,880; 12, 96 and 2 were missed. The clock that was put ahead makes it look one more.
     assert len(POINTS) == 2880 - 12 - 96 - 2
     counted = statistics(seen_at(NOW), 31 * DAY)
     assert (counted.points, counted.resynchronisations) == (len(POINTS), 1)
