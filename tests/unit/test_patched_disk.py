@@ -79,6 +79,8 @@ def test_it_reads_as_an_array_with_the_ranges_written(
 
 def test_it_is_for_reading_and_keeps_to_its_bounds(base: RawDisk) -> None:
     disk = PatchedDisk(base, [(512, b"x" * 512)])
+    single = PatchedDisk(base, [(5, b"x"), (6, b"y")])
+    assert (single.read_at(4, 4), single.read_at(5, 1), single.read_at(6, 1)) == (b"\1xy\1", b"x", b"y")
     assert (disk.size, disk.sector_size, disk.read_only) == (SIZE, 512, True)
     with pytest.raises(ReadOnlyError):
         disk.write_at(0, b"x")
