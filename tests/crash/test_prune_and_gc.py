@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import pytest
 
-from replica import garbage, history, lease, packer, pins, prune, retention
-from replica.errors import GodwitError, LeaseHeldError
+from replica import garbage, history, lease, packer, pins, prune, retention, verify
+from replica.errors import GodwitError, LeaseHeldError, ObjectExistsError
 from replica.garbage import Collection
 from replica.host import Host
 from replica.lease import TERM
@@ -348,3 +348,72 @@ def test_a_point_that_is_pinned_at_any_moment_of_pruning_stays_if_the_pin_was_ac
         accepted += len(pinned)
         at += 1
     assert accepted > 0
+
+
+def _arrive_late(lab: Lab, number: int, data: bytes) -> None:
+    """Let the first attempt of a manifest's PUT, long since repeated with success, reach the store now."""
+    lab.store.create(lab.found.keys.manifest(number), data)
+
+
+def test_a_manifest_that_arrives_again_after_it_was_pruned_restores_until_it_is_pruned_again(tmp_path: Path) -> None:
+    """As long as gc has not deleted what the point needs, which is the grace period at the least."""
+    for runs in (0, 1):
+        lab = _lab(tmp_path / str(runs))
+        data = lab.store.get(lab.found.keys.manifest(2))
+        _prune(lab)
+        for _ in range(runs):
+            _gc(lab, grace=3600)
+        references = garbage.survey(lab.store, lab.found.keys.tenant, workers=WORKERS)
+        _arrive_late(lab, 2, data)  # even between a collector's survey and what it deletes
+        _pass(lab, 3600)
+        garbage.collect(lab.store, lab.host, lab.found, references, grace=timedelta(hours=1), workers=WORKERS)
+        assert _assert_every_listed_point_restores(lab) == [2, 5, 6]
+        assert [one.point for one in _prune(lab).removed] == [2]
+        _gc(lab)
+        _gc(lab)
+        assert _assert_every_listed_point_restores(lab) == [5, 6]
+
+
+def test_a_manifest_that_arrives_after_gc_is_damage_that_costs_no_other_point_and_is_pruned(tmp_path: Path) -> None:
+    lab = _lab(tmp_path / "lab")
+    data = lab.store.get(lab.found.keys.manifest(2))
+    _prune(lab)
+    _gc(lab)
+    _gc(lab)
+    _arrive_late(lab, 2, data)
+    report = verify.verify(lab.store, lab.host, lab.found, workers=WORKERS)
+    assert {one.point: one.restores for one in report.verdicts} == {2: False, 5: True, 6: True}
+    with pytest.raises(GodwitError, match="nothing was deleted"):
+        _gc(lab)
+    _change(lab, 7)
+    assert lab.replicate().previous == 6
+    assert [one.point for one in _prune(lab).removed] == [2, 5]
+    assert _gc(lab).condemned.objects > 0
+    assert _assert_every_listed_point_restores(lab) == [6, 7]
+
+
+def test_what_a_dead_writer_sent_meets_the_fence_however_late_it_arrives(tmp_path: Path) -> None:
+    """Also where all that was published before and since is pruned."""
+    lab = _lab(tmp_path / "lab")
+    _change(lab, 7)
+    sent: dict[str, bytes] = {}
+
+    class Swallowing(RecordingStore):
+        def create(self, key: str, data: bytes | bytearray | memoryview) -> str:
+            if "/manifests/" in key:
+                sent[key] = bytes(data)
+                raise SimulatedCrash
+            return super().create(key, data)
+
+    _run(lambda: lab.replicate(store=Swallowing(lab.store)))
+    assert list(sent) == [lab.found.keys.manifest(7)]
+    _pass(lab, TERM.total_seconds() + 1)
+    for turn in (8, 9, 10):
+        _change(lab, turn)
+        lab.replicate(host=_other(lab))
+    _prune(lab)
+    _gc(lab)
+    _gc(lab)
+    with pytest.raises(ObjectExistsError):
+        lab.store.create(lab.found.keys.manifest(7), sent[lab.found.keys.manifest(7)])
+    assert _assert_every_listed_point_restores(lab) == [9, 10]
