@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import shutil
 import threading
-from dataclasses import replace
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from conversion.errors import ConversionError
-from replica.block import BLOCK_BYTES
-from replica.blockmap import Window
+from replica.block import BLOCK_BYTES, disk_base
 from replica.errors import GodwitError, UsageError
-from replica.failback.difference import Difference, blocks_of, within
+from replica.failback.difference import WINDOW_BYTES, Difference, blocks_of, within
 from replica.failback.goal import Goal, amiss, check, is_goal
 from replica.failback.hashing import Hasher
 from replica.failback.names import HomeFiles, Names, same_file
 from replica.failback.ranges import subtracted
 from replica.generation.image import Image
-from replica.restore import PointReader
+from replica.pipeline import ordered
+from replica.reader import BlockReader, Fetch, plan_fetches
+from replica.workers import BATCHES_PER_THREAD
 from vhdx.chain import open_vhdx
 from vhdx.convert import ConvertFormat, convert_disk
 from vhdx.create import create_disk
 from vhdx.disk import Disk, Extents, ReadableBuffer
 from vhdx.errors import DiskError, OsError
-from vhdx.extents import merged, total_length
+from vhdx.extents import clipped, merged, total_length
 from vhdx.osfile import translated
 from vhdx.progress import Progress, silent
 from vhdx.vhdx import VhdxDisk
@@ -33,16 +37,21 @@ from vhdx.writer import open_writable
 FLUSH_BYTES: Final = 64 << 20  # what was flushed need not be fetched again
 
 
+@dataclass(frozen=True, slots=True)
+class Fetching:
+    """How blocks come from the store: through what, and how many requests at once."""
+
+    reader: BlockReader
+    at_once: int
+
+
 class _Filling:
-    """A ``Target`` that writes into an open disk, one thread at a time, and flushes now and then."""
+    """Writes into an open disk, one thread at a time, and flushes now and then."""
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self._lock = threading.Lock()
         self._unflushed = 0
-
-    def prepare(self, extents: Extents) -> None:
-        """Do nothing: the disk makes room as it goes."""
 
     def write_at(self, offset: int, data: ReadableBuffer) -> None:
         """Write ``data`` at ``offset``."""
@@ -57,7 +66,7 @@ class _Filling:
 def build_overlay(
     names: Names,
     goal: Goal,
-    reader: PointReader,
+    fetching: Fetching,
     hasher: Hasher,
     files: HomeFiles,
     *,
@@ -79,7 +88,7 @@ def build_overlay(
             create_disk(path, kind="differencing", parent=names.home, size=goal.content.size, files=files)
             todo = goal.stored
         with open_writable(path, allowed_folders=folders, files=files) as disk:
-            _fill(disk, goal, todo, reader, progress)
+            _fill(disk, goal, todo, fetching, progress)
             disk.flush()
     except DiskError:  # no room, most likely: what was begun takes some
         _thrown_away(path, files)
@@ -113,24 +122,40 @@ def _is_covered(disk: VhdxDisk, goal: Goal) -> bool:
     return not len(subtracted(merged(list(disk.changed())), goal.extents))
 
 
-def _fill(disk: Disk, goal: Goal, todo: Difference, reader: PointReader, progress: Progress) -> None:
-    record = goal.way.record
+def _fill(disk: Disk, goal: Goal, todo: Difference, fetching: Fetching, progress: Progress) -> None:
+    """Write what is to be done: blocks as the store has them, zeros, and blocks that the way back changes."""
+    size = goal.way.record.size
+    target = _Filling(disk)
+    total, done = total_length(todo.data), 0
 
-    def needed(window: Window) -> Window:
-        return replace(window, entries=window.entries.take(within(window.entries, record.number, todo.data)))
+    def work(fetch: Fetch) -> int:
+        read = fetching.reader.read(fetch)
+        for number, data in zip(read.numbers, read.data, strict=True):
+            target.write_at(number * BLOCK_BYTES, memoryview(data)[: size - number * BLOCK_BYTES])
+        return len(read.numbers) * BLOCK_BYTES
 
-    total = total_length(todo.data)
-    reader.restore(
-        record,
-        _Filling(disk),
-        lambda done, _, phase: progress(min(done, total), total, phase),
-        phase="bringing home",
-        needed=needed,
-    )
+    with ThreadPoolExecutor(fetching.at_once, "bring home") as pool:
+        limit = fetching.at_once * BATCHES_PER_THREAD
+        with closing(ordered(pool, work, _fetches(goal, todo.data), limit=limit)) as results:
+            for count in results:
+                done += count
+                progress(min(done, total), total, "bringing home")
     for start, end in todo.zeros.tolist():
         disk.trim(start, end - start)
     for start, end in blocks_of(goal.laid):
         disk.write_at(start, goal.content.read_at(start, end - start))
+
+
+def _fetches(goal: Goal, wanted: Extents) -> Iterator[Fetch]:
+    """Yield what fetches the wanted blocks. Raises IntegrityError, StoreError."""
+    number, size = goal.way.record.number, goal.way.record.size
+    for start in range(0, size, WINDOW_BYTES):
+        if len(clipped(wanted, start, start + WINDOW_BYTES)):
+            first = disk_base(number) + start // BLOCK_BYTES
+            window = goal.way.map.window(first, first + WINDOW_BYTES // BLOCK_BYTES)
+            yield from plan_fetches(
+                replace(window, entries=window.entries.take(within(window.entries, number, wanted)))
+            )
 
 
 def build_copy(

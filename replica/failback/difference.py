@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from replica.block import BLOCK_BYTES, HashArray, block_count, disk_base
-from replica.blockmap import WINDOW_BLOCKS, BlockMap, Window
+from replica.blockmap import WINDOW_BLOCKS, BlockMap, FetchPart, Window
 from replica.failback.ranges import subtracted
 from replica.maptable import Entries
+from replica.model import MapRef
 from vhdx.disk import Extents
 from vhdx.extents import EMPTY, merged, runs_of, total_length
 
@@ -96,16 +97,35 @@ class Gathered:
         return merged(self._parts)
 
 
-def differing(base: BlockMap | None, newest: BlockMap, disk: int, size: int) -> Difference:
-    """Return where the disk of that number and ``size`` differs in ``newest`` from ``base`` (None: from zeros).
+@dataclass(frozen=True, slots=True)
+class Maps:
+    """A point's maps: all of them as one, and as one those that another point has not."""
 
-    Memory: a window of each laid out densely, about 2.5 MiB, and the result. Raises IntegrityError, StoreError.
+    all: BlockMap
+    own: BlockMap
+
+
+def maps_of(base: Sequence[MapRef], newest: Sequence[MapRef], fetch: FetchPart) -> tuple[Maps, Maps]:
+    """Return the maps of two points of one VM. Where they differ, what only one of them has says anything."""
+    common = 0
+    while common < min(len(base), len(newest)) and base[common] == newest[common]:
+        common += 1
+    return (
+        Maps(BlockMap(base, fetch), BlockMap(base[common:], fetch)),
+        Maps(BlockMap(newest, fetch), BlockMap(newest[common:], fetch)),
+    )
+
+
+def differing(base: Maps, newest: Maps, disk: int, size: int) -> Difference:
+    """Return where the disk of that number and ``size`` differs in ``newest`` from ``base``.
+
+    Only windows are looked at of which the maps that they do not share say anything. Memory: a window of each laid out
+    densely, about 2.5 MiB, and the result. Raises IntegrityError, StoreError.
     """
     data, zeros = Gathered(size), Gathered(size)
-    for number in windows_in_use(base, newest, disk, size):
-        before = Dense.empty() if base is None else dense_window(base, disk, number)
-        after = dense_window(newest, disk, number)
-        unequal = after.differs(before)
+    for number in windows_in_use([base.own, newest.own], disk, size):
+        after = dense_window(newest.all, disk, number)
+        unequal = after.differs(dense_window(base.all, disk, number))
         data.add(number, unequal & after.is_data)
         zeros.add(number, unequal & ~after.is_data)
     return Difference(data.extents(), zeros.extents())
@@ -117,11 +137,10 @@ def dense_window(known: BlockMap, disk: int, number: int) -> Dense:
     return Dense.of(known.window(first, first + WINDOW_BLOCKS))
 
 
-def windows_in_use(base: BlockMap | None, newest: BlockMap, disk: int, size: int) -> Iterator[int]:
-    """Yield the numbers of the windows in which either map has entries."""
+def windows_in_use(maps: Sequence[BlockMap], disk: int, size: int) -> Iterator[int]:
+    """Yield the numbers of the windows in which any of the maps has entries."""
     first = disk_base(disk)
     end = first + block_count(size)
-    maps = [newest] if base is None else [base, newest]
     position = first
     while position < end:
         keys = [key for key in (one.next_key(position) for one in maps) if key is not None and key < end]

@@ -11,6 +11,7 @@ from replica.failback.difference import (
     Dense,
     Difference,
     Gathered,
+    Maps,
     dense_window,
     differing,
     windows_in_use,
@@ -32,7 +33,8 @@ class Base:
     """A disk as the last point has it that came from the home disks."""
 
     record: DiskRecord
-    map: BlockMap
+    maps: Maps
+    newest: Maps  # of the newest point, beside these
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def examine(home: Disk, base: Base | None, newest: BlockMap, record: DiskRecord,
     """
     why = untouched_or_why(home, base)
     if base is not None and not why:
-        found = differing(base.map, newest, record.number, record.size)
+        found = differing(base.maps, base.newest, record.number, record.size)
         return Examined(found, EMPTY, compared=False, why="the file is as the base point recorded it")
     return _compared(home, base, newest, record, hasher, why)
 
@@ -106,7 +108,8 @@ def _compared(
     """Read all that the home disk holds. Memory: three windows laid out densely, 3.5 MiB, and the result."""
     size = max(home.size, record.size)
     touched, data, zeros = Gathered(size), Gathered(record.size), Gathered(record.size)
-    mapped = set(windows_in_use(None if base is None else base.map, newest, record.number, size))
+    known = [newest] if base is None else [base.maps.all, newest]
+    mapped = set(windows_in_use(known, record.number, size))
     held = hasher.windows(home, size)
     upcoming = next(held, None)
     for number in range(-(-size // WINDOW_BYTES)):
@@ -119,7 +122,7 @@ def _compared(
             continue
         after = dense_window(newest, record.number, number)
         unequal = after.differs(content)
-        before = after if base is None else dense_window(base.map, record.number, number)
+        before = after if base is None else dense_window(base.maps.all, record.number, number)
         touched.add(number, content.differs(before))
         data.add(number, unequal & after.is_data)
         zeros.add(number, unequal & ~after.is_data)

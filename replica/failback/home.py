@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from conversion.manifest import Manifest
-from replica.blockmap import BlockMap
+from replica.blockmap import BlockMap, FetchPart
 from replica.catalog import ProtectedVm
 from replica.errors import UsageError
-from replica.failback.building import build_copy, build_overlay
+from replica.failback.building import Fetching, build_copy, build_overlay
 from replica.failback.content import ExactView
 from replica.failback.counted import CountedStore
+from replica.failback.difference import maps_of
 from replica.failback.examination import Base, Examined, Touched, examine
 from replica.failback.goal import Goal, Way, goal_alone, goal_over, is_goal
 from replica.failback.hashing import Hasher
@@ -27,7 +28,7 @@ from replica.generation.image import Image
 from replica.host import Host
 from replica.mapstore import MapStore, map_cache
 from replica.model import DiskRecord, Point
-from replica.restore import PointReader
+from replica.reader import BlockReader
 from replica.source import is_live
 from replica.stores.store import Store
 from replica.view import PointView
@@ -263,7 +264,7 @@ class _Homecoming:
                     written = build_overlay(
                         names,
                         goal,
-                        self._reader(),
+                        self._fetching(),
                         self._hasher("verifying"),
                         self._files,
                         whole=whole,
@@ -375,19 +376,19 @@ class _Homecoming:
             else:
                 yield disk, "vhdx" if known == "vhdx" else "raw"
 
-    def _map(self, point: Point) -> BlockMap:
-        return BlockMap(point.maps, MapStore(self._store, self._found.keys, map_cache(self._host)).fetch)
+    def _fetch(self) -> FetchPart:
+        return MapStore(self._store, self._found.keys, map_cache(self._host)).fetch
 
     def _base_of(self, record: DiskRecord) -> Base | None:
         if self._base is None:
             return None
         found = [one for one in self._base.disks if one.number == record.number]
-        return Base(found[0], self._map(self._base)) if found else None
+        return Base(found[0], *maps_of(self._base.maps, self._newest.maps, self._fetch())) if found else None
 
     def _way(self, record: DiskRecord) -> Way:
         return Way(
             record,
-            self._map(self._newest),
+            BlockMap(self._newest.maps, self._fetch()),
             self._found.vm.hash_seed,
             f"{self._found.vm.vm_id}/{self._newest.point}",
             self._conversions.get(record.number),
@@ -396,8 +397,9 @@ class _Homecoming:
     def _view(self, record: DiskRecord) -> PointView:
         return ExactView(self._store, self._host, self._found, self._newest, record, workers=self._workers)
 
-    def _reader(self) -> PointReader:
-        return PointReader(self._store, self._host, self._found, self._newest, self._workers)
+    def _fetching(self) -> Fetching:
+        reader = BlockReader(self._store, self._found.keys.tenant, self._found.vm.hash_seed)
+        return Fetching(reader, self._workers.fetches(self._store.url))
 
     def _hasher(self, phase: str) -> Hasher:
         return Hasher(self._found.vm.hash_seed, self._workers, self._progress, phase)
