@@ -1,5 +1,7 @@
 """Seeded random schedules: two agents in turns, crashes, faults, clocks that jump, disks written to, old points pruned.
 
+The VM's disks are raw files or checkpoint chains; some VMs are encrypted, and their tenant's key is rotated; another
+VM is seeded from this one; thin segments are rewritten, and repairs run where there is nothing to repair.
 Whatever happens, every point that is listed restores byte for byte to what the disks were when it was taken, no point
 that was reported is missing unless pruned, and in the end a cycle that nobody disturbs succeeds.
 
@@ -18,19 +20,36 @@ from pathlib import Path
 
 import pytest
 
-from replica import catalog, cycle, garbage, history, lease, pins, prune, retention, verify
+from replica import (
+    catalog,
+    cycle,
+    garbage,
+    history,
+    lease,
+    pins,
+    prune,
+    repair,
+    retention,
+    rewriting,
+    tenantkey,
+    verify,
+)
 from replica.catalog import ProtectedVm
 from replica.errors import GodwitError, LeaseHeldError, LeaseLostError, UsageError
 from replica.host import Host
 from replica.lease import TERM
 from replica.model import Point
 from replica.protection import protect, update
-from replica.source import open_for_reading
+from replica.source import OpenDisk, open_for_reading
 from replica.stores.memory import MemoryStore
 from replica.stores.retry import Patience, ResilientStore
 from replica.stores.store import ObjectInfo, Store
+from replica.tenantkey import Secret
+from replica.usage import Terms
 from replica.workers import Workers
-from tests.support.engine import BLOCK, FakeClock, make_host, random_blocks, restore_disk
+from tests.support.encryption import OTHER_SECRET, SECRET, give_key, sealed, vault_for
+from tests.support.engine import FakeClock, make_host, random_blocks, restore_disk
+from tests.support.soak_disks import ChainDisks, RawDisks, SoakDisks
 from tests.support.store_doubles import Fault, FaultKind, FaultyStore, SimulatedCrash
 from tests.support.turns import Agent, GatedStore, InlineExecutor
 from vhdx.disk import Disk
@@ -41,8 +60,8 @@ FIRST = int(os.environ.get("GODWIT_SOAK_FIRST", "0"))
 ONE_SEED = os.environ.get("GODWIT_SOAK_SEED")
 SHARES = 4
 EVENTS = 50
-MOST_BLOCKS = 10
 WORKERS = Workers(threads=1, uploads=1)
+THIN = Terms(percent=60, least_gain_bytes=1)
 RULE = retention.parse("all:10m,last:2,hourly:2")
 
 
@@ -95,22 +114,29 @@ class Schedule:
         self.folder = folder
         self.store = _LaggingStore()
         self.hosts = [make_host(folder / f"state{n}", name=f"host-{n}", clock=FakeClock()) for n in range(2)]
-        self.paths = [folder / f"disk{n}.img" for n in range(2)]
         self.agents: list[tuple[Agent, _Job] | None] = [None, None]
         self.published: dict[int, dict[Path, bytes]] = {}  # what is in the store: point → disk file → content
         self.reported: set[int] = set()  # points that a cycle returned
         self.pruned: set[int] = set()
         self.pinned: set[int] = set()
         self.outcomes: Counter[str] = Counter()
-        self.stamp_ns = 1_000_000_000
         self.fenced = 0  # nothing of an earlier epoch may be published any more
         self.event = 0
         self.asleep_until = [0, 0]  # by agent, the event that wakes it
+        self.is_stale = False  # the settings name files that are no longer what is to be protected
         folder.mkdir()
-        for path in self.paths:
-            path.write_bytes(random_blocks(self.draw.randrange(1000), self.draw.randint(1, MOST_BLOCKS)))
+        self.disks: SoakDisks = (ChainDisks if seed % 5 == 3 else RawDisks)(self.draw, folder)
+        self.secret: Secret | None = SECRET if seed % 4 == 1 else None  # which opens the key, if any
         catalog.init_store(self.store, self.hosts[0])
-        self.found, _ = protect(self.store, self.hosts[0], tenant="default", name="vm", disks=self.paths)
+        if self.secret is not None:
+            give_key(self.store)
+        vault = None if self.secret is None else vault_for(self.secret)
+        self.view: Store = self.store if vault is None else vault.around(self.store)  # what a reader sees
+        self.found, _ = protect(
+            self.view, self.hosts[0], tenant="default", name="vm", disks=self.disks.paths, vault=vault
+        )
+        self.clone = folder / "clone.img"  # the disk of another VM, which is not written to
+        self.clone.write_bytes(random_blocks(self.draw.randrange(40), 2) + random_blocks(1, 3))
 
     # --- what happens
 
@@ -121,7 +147,6 @@ class Schedule:
             while self.agents[turn] is not None:
                 self._let_go_on(turn, 1000)
         self.store.lags = False
-        self._check_points()
         self._finish_cleanly()
 
     def _happen(self) -> None:
@@ -179,24 +204,7 @@ class Schedule:
         self._clock(self.draw.choice(self.hosts)).jump(self.draw.choice([-3600, 3600]))
 
     def _write_to_a_disk(self) -> None:
-        path = self.draw.choice(self.paths)
-        size = path.stat().st_size
-        with path.open("r+b") as file:
-            match self.draw.randrange(8):
-                case 0:
-                    file.truncate(512 * self.draw.randint(1, MOST_BLOCKS * BLOCK // 512))
-                case 1 | 2:
-                    offset = self.draw.randrange(size)
-                    file.seek(offset)
-                    file.write(bytes(min(size - offset, self.draw.randint(1, 4 * BLOCK))))
-                case _:
-                    offset = self.draw.randrange(size)
-                    file.seek(offset)
-                    data = random_blocks(self.draw.randrange(40), 2)
-                    file.write(data[: min(size - offset, self.draw.randint(1, 2 * BLOCK))])
-        # No two changes at one time, however coarse the file system's times are.
-        self.stamp_ns += 1_000_000_000
-        os.utime(path, ns=(self.stamp_ns, self.stamp_ns))
+        self.is_stale |= self.disks.change()
         for at_work in self.agents:
             if at_work is not None:
                 at_work[1].is_disturbed = True
@@ -211,14 +219,16 @@ class Schedule:
     def _start(self, turn: int) -> None:
         # Now and then the second process of one machine.
         host = self.hosts[turn if self.draw.random() < 0.8 else 1 - turn]
-        names = ["replicate", "update", "prune", "pin", "collect", "verify"]
-        job = _Job(self.draw.choices(names, [60, 6, 10, 6, 14, 4])[0], host)
+        names = ["replicate", "update", "prune", "pin", "collect", "verify", "rewrite", "repair", "seed", "rotate"]
+        job = _Job(self.draw.choices(names, [54, 6, 10, 6, 14, 4, 10, 3, 5, 3])[0], host)
+        if self.is_stale and self.draw.random() < 0.7:
+            job.name = "update"
         work: Callable[[Store, _Job], None] = getattr(self, f"_{job.name}")
         stores: list[Store] = []
         agent = Agent(f"{job.name} on {host.host_name}", lambda: work(stores[0], job))
         stores.append(self._way_to_the_store(agent, job))
         self.agents[turn] = agent, job
-        job.is_disturbed |= self.agents[1 - turn] is not None
+        job.is_disturbed |= self.agents[1 - turn] is not None or self.is_stale
         agent.start()
 
     def _way_to_the_store(self, agent: Agent, job: _Job) -> Store:
@@ -238,7 +248,20 @@ class Schedule:
                 clock=clock.monotonic,
                 chance=self.draw.random,
             )
-        return store
+        return self._sealed(store)
+
+    def _sealed(self, store: Store) -> Store:
+        """Return the store as a process sees it that starts now."""
+        if self.secret is None:
+            return store
+        for secret in (SECRET, OTHER_SECRET):
+            try:
+                tenantkey.open_master(self.store, "default", secret)
+            except GodwitError:
+                continue
+            self.secret = secret
+            return sealed(store, secret)
+        raise AssertionError("nothing opens the tenant's key any more")
 
     def _let_go_on(self, turn: int, requests: int) -> None:
         at_work = self.agents[turn]
@@ -257,7 +280,7 @@ class Schedule:
     def _note(self, kind: str, key: str, job: _Job) -> None:
         """Keep account of the points in the store, request by request."""
         if key == self.found.keys.lease and kind == "replace":
-            job.epoch = lease.read(self.store, self.found.keys)[0].epoch
+            job.epoch = lease.read(self.view, self.found.keys)[0].epoch
         if not key.startswith(self.found.keys.manifests) or kind not in ("create", "delete"):
             return
         number = int(key.removeprefix(self.found.keys.manifests).removesuffix(".json"))
@@ -266,7 +289,7 @@ class Schedule:
             assert any(number < other for other in self.published.keys() - self.pruned), "the newest point was pruned"
             self.pruned.add(number)
             return
-        made = history.read(self.store, self.found.keys, number)
+        made = history.read(self.view, self.found.keys, number)
         if number not in self.published:
             assert made.epoch == job.epoch
             assert made.epoch >= self.fenced, "a writer whose lease was taken over has published"
@@ -274,8 +297,9 @@ class Schedule:
         if isinstance(made, Point):
             self.pruned.discard(number)  # pinned at the last moment, and put back
             if number not in self.published:
-                assert job.name == "replicate"
-                self.published[number] = dict(job.read)
+                assert job.name in ("replicate", "rewrite", "repair")
+                assert bool(made.repeats) == (job.name == "rewrite")
+                self.published[number] = dict(self.published[made.repeats] if made.repeats else job.read)
 
     def _settle(self, turn: int) -> None:
         """Judge how an agent ended."""
@@ -302,15 +326,58 @@ class Schedule:
     # --- jobs
 
     def _replicate(self, store: Store, job: _Job) -> None:
-        def open_disk(path: Path) -> Disk:
-            job.read[path] = path.read_bytes()
-            return open_for_reading(path)
+        found = self._find(store)
+        job.point = cycle.replicate(store, job.host, found, workers=WORKERS, open_disk=self._opener(job))
 
-        job.point = cycle.replicate(store, job.host, self._find(store), workers=WORKERS, open_disk=open_disk)
+    @staticmethod
+    def _opener(job: _Job) -> OpenDisk:
+        def open_disk(path: Path) -> Disk:
+            disk = open_for_reading(path)
+            job.read[path] = disk.read_at(0, disk.size)
+            return disk
+
+        return open_disk
 
     def _update(self, store: Store, job: _Job) -> None:
-        chosen = self.paths[: self.draw.randint(1, 2)]
+        chosen = self.disks.paths[: self.draw.randint(1, 2)]
         update(store, job.host, self._find(store), disks=chosen)
+        self.is_stale = False
+
+    def _rewrite(self, store: Store, job: _Job) -> None:
+        found = self._find(store)
+        references = garbage.survey(store, "default", workers=WORKERS)
+        thin = rewriting.plan(store, job.host, found, THIN, is_lent=references.is_lent)
+        done = rewriting.rewrite(store, job.host, found, thin, workers=WORKERS)
+        assert not done.damaged or job.is_disturbed
+        if done.point:
+            job.point = history.point(self.view, self.found.keys, done.point)
+            self.outcomes["rewrite: a point"] += 1
+
+    def _repair(self, store: Store, job: _Job) -> None:
+        found = self._find(store)
+        planned = repair.plan(store, job.host, found, workers=WORKERS)
+        done = repair.repair(store, job.host, found, planned, workers=WORKERS, open_disk=self._opener(job))
+        job.point = done.point
+
+    def _seed(self, store: Store, job: _Job) -> None:
+        """Make the other VM, seeded from this one, or a point more of it."""
+        if "clone" not in catalog.names(self.store, "default"):
+            vault = getattr(store, "vault", None)
+            protect(
+                store,
+                job.host,
+                tenant="default",
+                name="clone",
+                disks=[self.clone],
+                seed_from="vm",
+                vault=vault,
+            )
+        cycle.replicate(store, job.host, catalog.find(store, "default", "clone"), workers=WORKERS)
+
+    def _rotate(self, store: Store, job: _Job) -> None:
+        if self.secret is not None:
+            new = OTHER_SECRET if self.secret == SECRET else SECRET
+            tenantkey.rotate(store, job.host, "default", self.secret, new)
 
     def _prune(self, store: Store, job: _Job) -> None:
         prune.prune(store, job.host, self._find(store), rule=RULE)
@@ -322,7 +389,9 @@ class Schedule:
     def _collect(self, store: Store, job: _Job) -> None:
         references = garbage.survey(store, "default", workers=WORKERS)
         grace = self.draw.choice([garbage.GRACE, timedelta(minutes=10)])
-        garbage.collect(store, job.host, self._find(store), references, grace=grace, workers=WORKERS)
+        for name in catalog.names(store, "default"):
+            found = catalog.find(store, "default", name)
+            garbage.collect(store, job.host, found, references, grace=grace, workers=WORKERS)
 
     def _verify(self, store: Store, job: _Job) -> None:
         verify.verify(store, job.host, self._find(store), full=self.draw.random() < 0.5, workers=WORKERS)
@@ -335,7 +404,7 @@ class Schedule:
 
     def _check_points(self) -> None:
         lags, self.store.lags = self.store.lags, False
-        listed = list(history.points(self.store, self.found.keys))
+        listed = list(history.points(self.view, self.found.keys))
         for one in listed:
             assert isinstance(one, Point), one
             self._check_point(one)
@@ -345,31 +414,44 @@ class Schedule:
         assert not (self.pinned | self.reported) - numbers - (self.pruned - self.pinned), "points were lost"
         epochs = [one.epoch for one in points]
         assert epochs == sorted(set(epochs))
+        self._check_clone()
         self.store.lags = lags
 
     def _check_point(self, point: Point) -> None:
         held = self.published[point.point]
-        assert {Path(disk.source["files"]) for disk in point.disks} == held.keys()
+        files = {disk.number: Path(disk.source["files"].partition("\n")[0]) for disk in point.disks}
+        assert set(files.values()) == held.keys()
         elsewhere = make_host(name="elsewhere")
         for disk in point.disks:
-            restored = restore_disk(self.store, elsewhere, self.found, point, disk.number)
-            assert restored == held[Path(disk.source["files"])], f"{disk.name} of point {point.point}"
+            restored = restore_disk(self.view, elsewhere, self.found, point, disk.number)
+            assert restored == held[files[disk.number]], f"{disk.name} of point {point.point}"
+
+    def _check_clone(self) -> None:
+        if "clone" not in catalog.names(self.view, "default"):
+            return
+        try:
+            found = catalog.find(self.view, "default", "clone")
+        except GodwitError:  # protecting it was cut off
+            return
+        for point in history.points(self.view, found.keys):
+            assert isinstance(point, Point), point
+            assert restore_disk(self.view, make_host(name="elsewhere"), found, point) == self.clone.read_bytes()
 
     def _finish_cleanly(self) -> None:
         """Once leases have run out, whatever the clocks did: every kind of work succeeds, and nothing is lost by it."""
         for host in self.hosts:
             self._clock(host).advance(24 * 3600)
-        for turn, name in enumerate(["replicate", "collect", "prune", "collect", "replicate", "collect"]):
-            self._write_to_a_disk()
+        self._write_to_a_disk()
+        for turn, name in enumerate(["update", "replicate", "prune", "collect", "rewrite", "repair", "collect"]):
             for host in self.hosts:
                 self._clock(host).advance(5400)
             job = _Job(name, self.hosts[turn % 2])
             work: Callable[[Store, _Job], None] = getattr(self, f"_{name}")
-            work(_Noted(self, job), job)
+            work(self._sealed(_Noted(self, job)), job)
             if job.point is not None:
                 self.reported.add(job.point.point)
         self._check_points()
-        report = verify.verify(self.store, self.hosts[0], self.found, full=True, workers=WORKERS)
+        report = verify.verify(self.view, self.hosts[0], self.found, full=True, workers=WORKERS)
         assert not report.damaged, report
 
 
@@ -385,7 +467,7 @@ class _Noted(GatedStore):
 @pytest.fixture(autouse=True)
 def _small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let few blocks cross the borders of everything, and do all work in the thread that asks for it."""
-    for module in ("cycle", "restore", "verify", "garbage"):
+    for module in ("cycle", "restore", "examination", "garbage", "rewriting"):
         monkeypatch.setattr(f"replica.{module}.ThreadPoolExecutor", InlineExecutor)
     for name, value in (
         ("packer.SEGMENT_FRAMES", 3),
@@ -397,6 +479,9 @@ def _small_units(monkeypatch: pytest.MonkeyPatch) -> None:
         ("blockmap.MERGE_MAPS", 3),
         ("blockmap.LEVEL_ZERO_ENTRIES", 2),
         ("blockmap.WINDOW_BLOCKS", 8),
+        ("rewriting.WINDOW_BLOCKS", 8),
+        ("healing.WINDOW_BLOCKS", 8),
+        ("usage.GAIN_PER_MAP_BYTE", 0),
         ("garbage.BATCH_OBJECTS", 3),
         ("prune.BATCH_POINTS", 2),
     ):
@@ -423,5 +508,9 @@ def test_every_point_restores_whatever_the_schedule(share: int, tmp_path: Path) 
     print("\n".join(f"{count:6} {outcome}" for outcome, count in sorted(outcomes.items())))
     if ONE_SEED is None:
         # The schedules are worth running only as long as all of this happens in them.
-        for outcome in ("replicate: done", "replicate: SimulatedCrash", f"replicate: {LeaseLostError.__name__}"):
+        lost = sum(count for outcome, count in outcomes.items() if outcome.endswith(LeaseLostError.__name__))
+        assert lost >= SCHEDULES / SHARES / 25, outcomes
+        for outcome in ("replicate: done", "replicate: SimulatedCrash", "rewrite: a point"):
             assert outcomes[outcome] >= SCHEDULES / SHARES / 10, outcomes
+        for outcome in ("seed: done", "repair: done", "rotate: done"):
+            assert outcomes[outcome] >= SCHEDULES / SHARES / 25, outcomes
