@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import extraction, memory, peers, replication
+from benchmarks import conversion, extraction, memory, peers, replication
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
         "what",
         nargs="*",
         default=["replication", "maps", "memory"],
-        help="replication, maps, memory; peers and peers-s3 besides, if named (see benchmarks/peers.py)",
+        help="replication, maps, memory; if named also conversion, and peers and peers-s3 (see benchmarks/peers.py)",
     )
     parser.add_argument(
         "--folder", type=Path, help="where images and stores go  [a memory file system, if there is room]"
@@ -45,6 +45,9 @@ def main() -> None:
             results["maps"] = _show_maps(extraction.run(folder, runs=options.runs))
         if "memory" in options.what:
             results["memory"] = _show_memory(memory.run(folder))
+        if "conversion" in options.what:
+            results["conversion"] = conversion.run(folder, runs=options.runs)
+            conversion.show(results["conversion"])
         for what, measure in (("peers", peers.run), ("peers-s3", peers.run_s3)):
             if what in options.what:
                 found = measure(folder, size_mib=options.size, runs=options.runs, tools=options.tools)
