@@ -128,6 +128,21 @@ def test_failed_cycles_lose_nothing_of_what_was_recorded(
     assert len(vm.qemu.bitmaps()) == 1
 
 
+def test_a_bitmap_that_was_not_dropped_any_more_is_dropped_by_the_next_cycle(
+    make: Callable[..., Reprotected], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = make()
+    with monkeypatch.context() as patch:
+        patch.setattr("replica.live.LiveSource._acknowledge", lambda *_: None)
+        vm.replicate(monkeypatch)
+    assert BEGUN in vm.qemu.bitmaps()
+    vm.qemu.write(0, 4 * MIB, 512, 2)
+    point = vm.replicate(monkeypatch)
+    assert (_found_by(point), point.cycle.read_bytes) == ("bitmap", BLOCK)
+    assert len(vm.qemu.bitmaps()) == 1
+    assert BEGUN not in vm.qemu.bitmaps()
+
+
 def test_the_bitmap_outlives_an_orderly_end_of_the_machine(
     make: Callable[..., Reprotected], monkeypatch: pytest.MonkeyPatch
 ) -> None:
