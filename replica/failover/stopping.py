@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 from replica.errors import SourceError
 from replica.model import SourceDisk
-from replica.source import LIBVIRT, LIVE
+from replica.source import LIBVIRT, LIVE, is_live
 from vhdx.errors import DiskBusyError, DiskError
 from vhdx.formats import chain_of
 from vhdx.formats import open_disk as open_image
@@ -52,6 +52,12 @@ def stopped(
         yield _stop_qemu(first, timeout_seconds, sleep)
     elif first.startswith(LIBVIRT):
         yield _stop_domain(first, timeout_seconds, sleep)
+    elif is_live(first):
+        raise SourceError(
+            "a machine of this kind cannot be shut down from here",
+            path=first,
+            hint="shut it down, replicate it once more, and say --unplanned: its newest point is then all of it",
+        )
     else:
         with _taken([Path(one.path) for one in sources]) as files:
             yield files

@@ -176,6 +176,18 @@ def test_a_test_failover_that_is_cut_off_leaves_nothing_that_cleanup_does_not_fi
         site.lab.replicate(host=host)
 
 
+def test_nobody_settles_for_a_machine_that_is_half_removed(tmp_path: Path) -> None:
+    site = make_site(tmp_path)
+    site.failover(UNPLANNED)
+    with pytest.raises(SimulatedCrash):
+        site.cleanup(means=site.means(platform=FakePlatform(site.hypervisor, crash_at=0, crash_mode=CrashMode.AFTER)))
+    host = site.other_host()
+    with pytest.raises(StandingError, match="failing-over"):
+        site.commit(site.means(host=host))
+    done = site.failover(Order(), site.means(host=host))  # it may also be made again
+    assert site.hypervisor.running == [done.machine.name]
+
+
 def test_an_operator_who_is_cut_off_keeps_others_out_until_his_term_has_run_out(tmp_path: Path) -> None:
     site = make_site(tmp_path)
     with pytest.raises(SimulatedCrash):
