@@ -91,7 +91,7 @@ def _entries(
     for one in entries[:MOST_ENTRIES]:
         if one.volume is not None and one.volume.uuid and one.kernel.startswith("/"):
             place = _place(one.volume, number_of)
-            title, command_line = _plain(one.title), _plain(_substituted(one.command_line, substitutions))
+            title, command_line = _plain(one.title), _substituted(_plain(one.command_line), substitutions)
             found.append(Entry(title, place, one.kernel, one.initrds, command_line))
     return tuple(found)
 
