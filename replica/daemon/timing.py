@@ -51,6 +51,8 @@ def first_due(now: float, last: float | None, period: float, at_phase: float) ->
     At its turn; or earlier, spread over some minutes, where it would be overdue until then.
     """
     slot = next_slot(now, period, at_phase)
-    if last is not None and now >= last and slot - last <= period:
+    if period <= SPREAD_SECONDS:
         return slot
-    return min(slot, now + at_phase * min(period, SPREAD_SECONDS))
+    if last is not None and now >= last and slot - last <= period + tolerance(period):
+        return slot
+    return min(slot, now + at_phase * SPREAD_SECONDS)
