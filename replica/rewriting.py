@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from replica import history, lease, usage
+from replica import catalog, history, lease, usage
 from replica.block import BLOCK_BITS, disk_base
 from replica.blockmap import WINDOW_BLOCKS, BlockMap, Window
 from replica.catalog import ProtectedVm
@@ -23,7 +23,7 @@ from replica.keys import VmKeys
 from replica.lease import Lease
 from replica.mapstore import MapBuilder, MapStore, map_cache
 from replica.maptable import Entries, SegmentRef
-from replica.model import CycleStatistics, Point
+from replica.model import CycleStatistics, Point, Standing
 from replica.packer import Packer
 from replica.pipeline import Uploads, ordered
 from replica.reader import BlockReader, Fetch, plan_fetches
@@ -74,7 +74,7 @@ def rewrite(store: Store, host: Host, found: ProtectedVm, thin: Thin, *, workers
     """Make a point of the newest one's content that does not refer to ``thin``, under the VM's lease.
 
     Cut off at any instant, every point restores; what was written is garbage then. Where a cycle was cut off before,
-    whose segments the next cycle is to make use of, that one comes first.
+    whose segments the next cycle is to make use of, that one comes first; and so does what a failover has begun.
     Raises LeaseLostError where another agent took over, IntegrityError where the maps are damaged, StoreError.
     """
     if not thin.segments:
@@ -84,6 +84,9 @@ def rewrite(store: Store, host: Host, found: ProtectedVm, thin: Thin, *, workers
             newest = history.begin(store, found.keys, host, held)
             if newest is None:
                 return Rewriting(thin)
+            standing = catalog.read_settings(store, found.keys, held.settings_version).state.standing
+            if standing is not Standing.PROTECTED:
+                return Rewriting(thin, busy=f"the VM is {standing.value}; that comes first")
             if held.leftovers:
                 return Rewriting(thin, busy="a cycle was cut off; the next one makes use of what it stored")
             return _Rewriter(store, host, found, held, newest, thin, workers or Workers()).run()

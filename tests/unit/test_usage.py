@@ -11,14 +11,14 @@ from typing import TypeVar
 
 import pytest
 
-from replica import garbage, history, manifest, protection, prune, retention, rewriting, usage
+from replica import catalog, garbage, history, manifest, protection, prune, retention, rewriting, usage
 from replica.blockmap import BlockMap
 from replica.errors import IntegrityError, ObjectMissingError, StoreRefusedError
 from replica.host import Host
 from replica.keys import PartId
 from replica.mapstore import MapStore
 from replica.maptable import SegmentRef
-from replica.model import Point
+from replica.model import Point, Standing
 from replica.rewriting import Rewriting
 from replica.stores.memory import MemoryStore
 from replica.stores.store import Store
@@ -296,6 +296,22 @@ def test_what_a_cycle_left_is_waited_for(tmp_path: Path) -> None:
     assert lab.replicate().cycle.reused_blocks > 0
     assert rewritten(lab).point == newest(lab).point
     lab.assert_restores()
+
+
+@pytest.mark.parametrize("standing", [one for one in Standing if one is not Standing.PROTECTED])
+def test_while_a_vm_is_failed_over_no_point_comes_between(
+    tmp_path: Path, standing: Standing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = thinned(tmp_path)
+    before = newest(lab)
+    settings = catalog.settings_in_force(lab.store, lab.found)
+    told = replace(settings, state=replace(settings.state, standing=standing))
+    monkeypatch.setattr(catalog, "read_settings", lambda store, keys, version: told)
+    done = rewrite(lab)
+    assert done.point == 0
+    assert done.busy is not None
+    assert standing.value in done.busy
+    assert newest(lab) == before
 
 
 def test_credentials_that_may_not_add_leave_everything_as_it_is(tmp_path: Path) -> None:
