@@ -79,9 +79,9 @@ def _render_fleet(output: Output, made: HealthReport) -> None:
         return
     gravest_first = sorted(made.assessments, key=lambda one: -one.health.rank)
     output.table(
-        ["VM", "health", "RPO", "wanted", "missed", "readiness", "why"],
+        ["VM", "health", "RPO", "wanted", "readiness", "why"],
         [_row(one) for one in gravest_first],
-        right=(2, 3, 4),
+        right=(2, 3),
     )
     told = [one for one in gravest_first if one.reasons]
     for one in told[:MOST_TOLD]:
@@ -92,26 +92,17 @@ def _render_fleet(output: Output, made: HealthReport) -> None:
 
 
 def _row(one: Assessment) -> list[str]:
-    why = [*(reason.rule_id for reason in one.reasons), *(f"({doubt.rule_id})" for doubt in one.doubts)]
-    # A key that is missing stands against both.
-    shown = ", ".join(dict.fromkeys(word for word in why if word.strip("()") not in why or "(" not in word))
-    if one.seen.unread is not None:
-        return [one.seen.name, one.health.value, "unknown", "", "", one.readiness.value, shown]
-    return [
-        one.seen.name,
-        one.health.value,
-        _rpo(one),
-        duration_text(one.seen.interval_seconds),
-        f"{one.statistics.missed_percent:.0f} %",
-        one.readiness.value,
-        shown,
-    ]
+    wanted = "" if one.seen.unread is not None else duration_text(one.seen.interval_seconds)
+    why = ""
+    if one.reasons:
+        why = one.reasons[0].rule_id + (f" +{len(one.reasons) - 1}" if len(one.reasons) > 1 else "")
+    return [one.seen.name, one.health.value, _rpo(one), wanted, one.readiness.value, why]
 
 
 def _rpo(one: Assessment) -> str:
     if one.rpo_seconds is not None:
         return duration_text(one.rpo_seconds)
-    return "none" if one.seen.newest_restorable is None else "unknown"
+    return "none" if one.seen.unread is None and one.seen.newest_restorable is None else "unknown"
 
 
 def _render_reasons(output: Output, reasons: Sequence[Reason], *, indent: str = "") -> None:

@@ -120,18 +120,24 @@ def _fleet_table(ordered: Sequence[tuple[int, Assessment]]) -> str:
 
 def _fleet_row(number: int, one: Assessment) -> str:
     seen = one.seen
-    rpo = "unknown" if one.rpo_seconds is None else duration_text(one.rpo_seconds)
     wanted, missed = duration_text(seen.interval_seconds), f"{one.statistics.missed_percent:.0f} %"
+    drill = _drill_text(seen.last_drill)
     if seen.unread is not None:
-        wanted = missed = ""
+        wanted = missed = drill = ""
     why = ", ".join(reason.rule_id for reason in one.reasons)
     return (
         f'<tr><th scope="row"><a href="#vm-{number}">{_text(seen.name)}</a></th>'
         f"<td>{_tag(one.health.value, _TONE[one.health])}</td>"
-        f'<td class="n">{rpo}</td><td class="n">{wanted}</td><td class="n">{missed}</td>'
+        f'<td class="n">{_rpo_text(one)}</td><td class="n">{wanted}</td><td class="n">{missed}</td>'
         f"<td>{_tag(one.readiness.value, _READY_TONE[one.readiness])}</td>"
-        f'<td class="d">{_text(_drill_text(seen.last_drill))}</td><td class="w">{_text(why)}</td></tr>'
+        f'<td class="d">{_text(drill)}</td><td class="w">{_text(why)}</td></tr>'
     )
+
+
+def _rpo_text(one: Assessment) -> str:
+    if one.rpo_seconds is not None:
+        return duration_text(one.rpo_seconds)
+    return "none" if one.seen.unread is None and one.seen.newest_restorable is None else "unknown"
 
 
 def _drill_text(drill: Event | None) -> str:
@@ -140,11 +146,10 @@ def _drill_text(drill: Event | None) -> str:
 
 def _machine(number: int, one: Assessment, detail: charts.Detail | None, *, is_open: bool) -> str:
     seen = one.seen
-    rpo = "RPO unknown" if one.rpo_seconds is None else f"RPO {duration_text(one.rpo_seconds)}"
     parts = [
         f'<details class="vm"{" open" if is_open else ""}><summary><h3>{_text(seen.name)}</h3>',
         _tag(one.health.value, _TONE[one.health]),
-        f'<span class="soft">{rpo}, {_text(one.state.value)}</span></summary>',
+        f'<span class="soft">RPO {_rpo_text(one)}, {_text(one.state.value)}</span></summary>',
         # The anchor lies inside: a browser that is led to it unfolds what it is in.
         f'<div class="in" id="vm-{number}">',
         _reasons("Why it is not healthy", one.reasons),
