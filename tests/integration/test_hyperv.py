@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from cli import main
+from cli.output import Output
 from replica import catalog, cycle, protection
 from replica.catalog import ProtectedVm
 from replica.errors import SourceError
@@ -543,3 +547,84 @@ def test_turning_to_checkpoints_of_others_gives_up_our_own(lab: Callable[..., Hy
     protection.update(made.store, made.agent, made.found, disks=made.find().disks)
     made.point()
     assert made.vm.references == []
+
+
+# -- hosts that go away, and commands ---------------------------------------------------------------------------------
+
+
+def test_a_host_that_restarts_while_it_is_read_loses_nothing(lab: Callable[..., HypervLab]) -> None:
+    made = lab(mapped=False)
+    made.point()
+    made.write(1)
+
+    def restarts(name: str, number: int) -> None:
+        if name == scripts.READ.name:
+            raise SessionError("the host is gone")
+
+    made.fake.before = restarts
+    with pytest.raises(SessionError):
+        made.replicate()
+    assert len(made.vm.recovery_checkpoints()) == 1  # it could not be told to remove it
+    made.fake.before = lambda name, number: None
+    made.write(2)
+    assert how(made.point()) == ["rct", "rct"]
+    made.assert_clean()
+
+
+def test_a_vm_that_is_gone_is_named(lab: Callable[..., HypervLab]) -> None:
+    made = lab()
+    made.fake.vms.clear()
+    with pytest.raises(SourceError, match="nicht gefunden"):
+        made.replicate()
+
+
+def run(*arguments: str | Path) -> tuple[int, str, str]:
+    output = Output(stdout=io.StringIO(), stderr=io.StringIO())
+    code = main.run([str(one) for one in arguments], output)
+    assert isinstance(output.stdout, io.StringIO)
+    assert isinstance(output.stderr, io.StringIO)
+    return code, output.stdout.getvalue(), output.stderr.getvalue()
+
+
+def test_the_commands_protect_replicate_and_restore(
+    lab: Callable[..., HypervLab], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GODWIT_STATE", str(tmp_path / "agent"))
+    monkeypatch.setenv("GODWIT_STORE", f"file://{tmp_path / 'store'}")
+    monkeypatch.setenv("GODWIT_HYPERV_USER", "LAB\\agent")
+    monkeypatch.setenv("GODWIT_HYPERV_PASSWORD", "correct horse")
+    made = lab()
+    assert run("init", f"file://{tmp_path / 'store'}")[0] == 0
+    code, out, err = run("protect", "erp", "--hyperv", "web 1", "--host", "hv1", "--host-path", made.maps[0], "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert [one["name"] for one in document["disks"]] == ["scsi-0-1", "scsi-0-0"]
+    assert document["machine"]["cpus"] == 4
+    assert run("replicate", "erp")[0] == 0
+    made.write(1)
+    code, out, err = run("replicate", "erp", "--json")
+    assert code == 0, err
+    code, _, err = run("restore", "erp", "--to", tmp_path / "back", "--format", "raw")
+    assert code == 0, err
+    restored = {path.stem: path.read_bytes() for path in (tmp_path / "back").iterdir()}
+    for disk in made.vm.disks:
+        assert any(disk.position in stem and data == disk.content for stem, data in restored.items())
+    for path in [*(tmp_path / "store").rglob("*"), *(tmp_path / "agent").rglob("*")]:
+        assert not path.is_file() or b"correct horse" not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--host", "hv1"),
+        ("--checkpoints",),
+        ("--hyperv", "x", "--libvirt", "y"),
+        ("--hyperv", "x", "--no-freeze", "--only-frozen"),
+        ("--hyperv", "x", "--host", "user:geheim@hv1"),
+        ("--hyperv", "x", "--host", "hv1", "--host-path", "nothing"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(arguments: tuple[str, ...]) -> None:
+    code, out, err = run("protect", "erp", *arguments, "--store", "file:///nowhere")
+    assert code == 2
+    assert "geheim" not in out + err
