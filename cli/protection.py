@@ -11,6 +11,7 @@ import click
 from cli.output import Output, output_options
 from cli.session import Duration, Session, duration_text, store_options
 from cli.sizes import SIZE, human_size
+from conversion.finding import Severity
 from replica import catalog, manifest
 from replica import protection as protect_disks
 from replica.catalog import ProtectedVm
@@ -175,16 +176,27 @@ def protect(
             vault=session.vault if encrypt else None,
         )
 
+    verdict = protect_disks.verdict_on(settings.sources)
+
     def render() -> None:
         output.line(f"{name} is protected: a recovery point is wanted every {duration_text(settings.interval_seconds)}")
         _render_machine(output, settings.machine)
         for one in settings.sources:
             output.line(f"  disk {one.number}: {one.path}")
+        for finding in verdict.findings if verdict is not None else ():
+            if finding.severity is Severity.REFUSAL:
+                said = f"{finding.message} [{finding.rule}: {finding.subject}]"
+                output.note(f"could not be recovered as Generation 1: {said}")
         if origin.left_out:
             output.note(f"left out, as they cannot be protected: {', '.join(origin.left_out)}")
         output.note(f"next: godwit replicate {name} --store {store.url}")
 
-    output.show({**_settings_document(found, settings), "encrypted": session.vault.is_encrypted(found.keys)}, render)
+    document = {
+        **_settings_document(found, settings),
+        "encrypted": session.vault.is_encrypted(found.keys),
+        "convertibility": None if verdict is None else verdict.document(),
+    }
+    output.show(document, render)
 
 
 @dataclass(frozen=True, slots=True)

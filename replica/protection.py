@@ -14,6 +14,7 @@ from replica.catalog import ProtectedVm
 from replica.errors import UsageError
 from replica.failover import transitions
 from replica.failover.transitions import Command
+from replica.generation.verdict import Verdict, verdict_of
 from replica.history import newest
 from replica.host import Host
 from replica.keys import VmKeys
@@ -235,6 +236,19 @@ def look_at(sources: Iterable[SourceDisk], open_disk: OpenDisk) -> Literal[1, 2]
             disk.read_at(disk.size - disk.sector_size, disk.sector_size)
             generations.append(2 if is_uefi_boot_disk(disk) else 1)
     return generations[0]
+
+
+def verdict_on(sources: Sequence[SourceDisk], open_disk: OpenDisk = open_for_reading) -> Verdict | None:
+    """Return whether the boot disk can start as Generation 1, too; None where that is no question, or no file.
+
+    Disks of running machines are not looked at: to read their file systems takes reads that their guests wait for.
+    Raises DiskError.
+    """
+    first = next(iter(sources), None)
+    if first is None or not Path(first.path).is_file():
+        return None
+    with looked_at(first.path, open_disk) as disk:
+        return verdict_of(disk)
 
 
 def _check_size(disk: Disk) -> None:

@@ -285,3 +285,19 @@ def test_no_grub_on_this_machine(
     assert "grub-common" in error["hint"]
     assert [item.name for item in tmp_path.iterdir()] == ["disk.raw"]
     assert godwit("inspect", path)[0] == 0
+
+
+def test_protect_says_what_stands_against_a_recovery_as_generation_1(
+    tmp_path: Path, esp: bytes, make_root: Callable[..., bytes]
+) -> None:
+    store = f"file://{tmp_path}/store"
+    assert godwit("init", store)[0] == 0
+    for name, fstab in (("good", None), ("bad", "PARTLABEL=a / ext4 defaults 0 1\n")):
+        path = disks.make_disk(plain_places(esp, make_root(fstab=fstab)), PLAIN_SECTORS).to_file(tmp_path / name)
+        code, text, said = godwit("protect", name, "--disk", path, "--store", store)
+        assert code == 0, said
+        assert ("could not be recovered as Generation 1" in text + said) is (name == "bad")
+        code, text, _ = godwit("protect", name, "--update", "--disk", path, "--store", store, "--json")
+        found = json.loads(text)["convertibility"]
+        assert code == 0 and found["convertible"] is (name == "good")
+        assert [one["rule"] for one in found["findings"]] == ([] if name == "good" else ["fstab-partlabel"])
