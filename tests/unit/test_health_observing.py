@@ -222,3 +222,12 @@ def test_a_fleet_is_looked_at_with_a_fixed_number_of_requests_for_each_vm(tmp_pa
     assert [one.seen.name for one in made.assessments] == [f"vm {number}" for number in range(10)]
     # The store's record; names listed; for each VM name, record, lease, settings and its only manifest, and two LISTs.
     assert counting.asked == {"get": 1 + 10 * 4, "get_tagged": 10, "list": 1 + 10 * 2}
+
+
+def test_the_search_for_a_point_that_restores_goes_on_past_many_that_do_not(lab: Lab) -> None:
+    points(lab, 12)
+    event = Event(EventKind.VERIFY, lab.host.clock.now(), "damaged", points=tuple(range(5, 13)))
+    journal.record_event(lab.store, lab.host, lab.found.keys, event)
+    seen = look(lab, Depth(points=3))
+    assert seen.newest_restorable is not None and seen.newest_restorable.point == 4
+    assert assess(seen).rpo_seconds == 9 * 300

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ from replica.health.page import page
 from replica.health.plot import Series, binned, plot, span_for
 from replica.health.rules import RULES
 from replica.health.units import bytes_text, duration_text, step_for
-from tests.support.health import HOSTILE_NAMES, MINUTE, NOW, fleet, healthy
+from tests.support.health import HOSTILE_NAMES, MINUTE, NOW, every, fleet, healthy
 
 CHECKOUT = Path(__file__).parents[2]
 CONTRIB = CHECKOUT / "contrib"
@@ -255,3 +256,17 @@ def test_every_rule_is_told_in_the_document() -> None:
     text = (CHECKOUT / "docs" / "health.md").read_text(encoding="utf-8")
     told = dict(re.findall(r"^\| `([a-z-]+)` \| (\w+)", text, re.MULTILINE))
     assert told == {rule.rule_id: rule.severity.value for rule in RULES.values()}
+
+
+def test_the_result_of_the_last_drill_is_in_the_metrics() -> None:
+    failed = healthy(name="b", drills=tuple(replace(one, result="failed") for one in healthy().drills))
+    text = metrics([assess(healthy(name="a")), assess(failed)], 0.0)
+    assert 'godwit_vm_last_drill_passed{vm="a"} 1.0' in text
+    assert 'godwit_vm_last_drill_passed{vm="b"} 0.0' in text
+
+
+def test_points_that_are_not_known_any_more_make_no_rpo_of_their_own_gap() -> None:
+    points = every(5 * MINUTE, 25)
+    reached = [grown for _, grown in charts.exposures(healthy(samples=(points[0], points[-1])))]
+    # 24 cycles in two hours, and the last was there after 20 seconds.
+    assert reached == [pytest.approx((24 * 300 + 20) / 24), 120.0]
