@@ -154,7 +154,10 @@ def repair(
         healer.heal_segments(points, points[-1] if points else None)
         verdict = _read_again(examination, points, quick=planned.quick)
         examination.tick = nothing
-    report = verify.report(examination, _listed(store, found.keys))
+    # Since the lease was given back another agent may have published, or a listing that lagged has caught up.
+    listed = _listed(store, found.keys)
+    _look(examination, (one for one in listed if isinstance(one, Point)))
+    report = verify.report(examination, listed)
     return Repair(made, verdict, replaced, tuple(healer.healed), tuple(healer.unhealed), report)
 
 
@@ -213,8 +216,11 @@ def _give_way(store: Store, host: Host, keys: VmKeys, held: Lease, number: int) 
     """Put a fence in the place of a manifest that does not decode, so that its number stays taken."""
     key = keys.manifest(number)
     try:
-        tag = store.head(key).tag
-        history.read(store, keys, number)
+        info = store.head(key)
+        tag, data = info.tag, store.get(key)
+        if len(data) != info.size:  # it was read short, which says nothing of what is there
+            return False
+        manifest.decode(data, key=key, vm_id=keys.vm_id, point=number)
     except (ObjectMissingError, FormatVersionError):
         return False
     except IntegrityError:

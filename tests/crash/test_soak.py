@@ -237,6 +237,9 @@ class Schedule:
             job.is_disturbed = True
             chance = self.draw.choice([0.02, 0.1, 0.3])
             kinds = self.draw.sample(list(FaultKind), self.draw.randint(1, 4))
+            if job.name == "repair" and self.secret is not None:
+                # What is sealed and was read short cannot be told from what is damaged, which repair replaces.
+                kinds = [kind for kind in kinds if kind is not FaultKind.SHORT_BODY]
             faults = [Fault(kind, probability=chance) for kind in kinds]
             store = FaultyStore(store, faults, seed=self.draw.randrange(1000))
         if self.draw.random() < 0.7:
