@@ -26,6 +26,7 @@ BY_LABEL = "partlabel"
 NAMES = ("ext4", *linux_guests.LAYOUTS, BY_LABEL)
 LABEL = "the-root-of-a-guest-named-by-label."  # as long as to stand where PARTUUID= and a UUID stood
 JOURNAL = "/var/lib/godwit/journal"
+SUM = "/var/lib/godwit/fstab.md5"
 LARGEST_OVERLAY_BYTES = 4 << 20
 LARGEST_UNIFIED_BYTES = 40 << 20  # a kernel and an initial RAM disk out of a unified image
 
@@ -56,9 +57,12 @@ def test_starts_by_uefi_by_a_bios_and_by_uefi_again(tmp_path: Path, name: str) -
         name_root_by_label(disk)
     by_table = name in ("partuuid", BY_LABEL)
 
-    commands = f"echo as UEFI >> {JOURNAL}; cat /etc/fstab"
-    first = qemu.boot(disk, image_format="raw", commands=commands)
+    # Guests judge by themselves: what they print, the console may mix with messages of others.
+    first = qemu.boot(
+        disk, image_format="raw", commands=f"echo as UEFI >> {JOURNAL}; md5sum /etc/fstab > {SUM}; cat {SUM}"
+    )
     assert first.ready.startswith("GODWIT-READY firmware=uefi journal=")
+    assert first.status == 0, first.output
 
     done = godwit("convert", disk, "--to", "gen1")
     assert Path(done["target"]) == out
@@ -66,20 +70,19 @@ def test_starts_by_uefi_by_a_bios_and_by_uefi_again(tmp_path: Path, name: str) -
     files = [change["what"] for change in done["changes"] if "/etc/" in change["what"]]
     assert files == (["/etc/fstab on partition 2"] if by_table else [])
 
-    commands = f"echo as BIOS >> {JOURNAL} && ls /dev/sda /boot/efi/EFI && cat /etc/fstab && findmnt -no OPTIONS /"
+    commands = f"echo as BIOS >> {JOURNAL} && ls /dev/sda /boot/efi/EFI && findmnt -no OPTIONS / | grep ^rw,"
+    if by_table:
+        commands += f" && grep '^UUID={ROOT_UUID} ' /etc/fstab"
     second = qemu.boot(out, image_format="qcow2", firmware="seabios", bus="ide", commands=commands)
     assert second.ready.startswith("GODWIT-READY firmware=bios journal=")
     assert second.ready.endswith("last=as UEFI")
     assert second.status == 0, second.output
-    assert second.output[-1].startswith("rw,")
-    if by_table:
-        assert any(line.startswith(f"UUID={ROOT_UUID} ") for line in second.output), second.output
 
     assert Path(godwit("convert", out, "--to", "gen2")["target"]) == home
-    third = qemu.boot(home, image_format="qcow2", commands=f"tail -n 2 {JOURNAL}; cat /etc/fstab")
+    third = qemu.boot(home, image_format="qcow2", commands=f"grep -x 'as UEFI' {JOURNAL} && md5sum -c {SUM}")
     assert third.ready.startswith("GODWIT-READY firmware=uefi journal=")
-    assert third.output[:2] == ("as UEFI", "as BIOS")
-    assert third.output[2:] == first.output  # fstab is what it was
+    assert third.ready.endswith("last=as BIOS")
+    assert third.status == 0, third.output  # what both wrote is there, and fstab is what it was
     seconds = ", ".join(f"{boot.ready_seconds:.1f} s" for boot in (first, second, third))
     print(f"{name}: {seconds}; {done['written_bytes'] / 1024:.0f} KiB in the overlay")
 
