@@ -344,7 +344,7 @@ class Schedule:
     def _update(self, store: Store, job: _Job) -> None:
         chosen = self.disks.paths[: self.draw.randint(1, 2)]
         update(store, job.host, self._find(store), disks=chosen)
-        self.is_stale = False
+        self.is_stale = chosen != self.disks.paths[: len(chosen)]  # it may have changed while this was at work
 
     def _rewrite(self, store: Store, job: _Job) -> None:
         found = self._find(store)
