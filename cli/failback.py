@@ -90,6 +90,8 @@ def failback(
                 f"  disk {one.number}: {one.path} ({human_size(one.differing_bytes)} differed, "
                 f"{human_size(one.written_bytes)} written)"
             )
+    if done.homecoming is not None and not output.json:
+        output.line(f"  {name} is off: start it at home; it is replicated from there again")
     warn_of_left(output, done.left)
     homecoming = None if done.homecoming is None else done.homecoming.document()
     point = None if done.point is None else done.point.point

@@ -17,7 +17,7 @@ from replica.failover.offer import OFFERS
 from replica.failover.providing import ServantProvider
 from replica.failover.transitions import Command
 from replica.model import FailoverKind, RecoveryMachine, Standing
-from replica.platforms.registry import open_platform
+from replica.platforms.registry import NAMES, open_platform
 from replica.stores.store import Store
 
 WAIT_SECONDS = 60.0  # for a cycle that is at work
@@ -31,7 +31,7 @@ def means_of(session: Session, store: Store, name: str) -> Means:
         store,
         session.host,
         session.vm(store, name),
-        lambda platform: open_platform(platform, session.host),
+        lambda platform: open_platform(platform, session.host, environment=session.environment),
         provider,
         workers=loaded.workers,
         wait_seconds=WAIT_SECONDS,
@@ -46,7 +46,9 @@ def means_of(session: Session, store: Store, name: str) -> Means:
 @click.option(
     "--point", "number", type=click.IntRange(1), metavar="P", help="The point.  [default: the newest that verifies]"
 )
-@click.option("--platform", type=click.Choice(list(OFFERS)), help="Where it is started.  [default: qemu]")
+@click.option(
+    "--platform", metavar=f"[{'|'.join(NAMES)}]", help="Where it is started; files: disks only.  [default: qemu]"
+)
 @click.option(
     "--generation",
     type=click.Choice(["1", "2", "auto"]),

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,12 @@ class Session:
     configuration: Configuration
     host: Host
     vault: Vault
+    typed: dict[str, str] = field(default_factory=dict)  # on the terminal, by the variable that would have spared it
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment of programs that are to read the store on their own, and can ask nobody."""
+        return {**os.environ, **self.typed}
 
     def store(self, *, create: bool = False, url: str | None = None) -> Store:
         """Open the store. Raises NoStoreError where none was given."""
@@ -52,7 +58,7 @@ class Session:
 
         ``is_new``: it is about to become the key, so that a passphrase is asked for twice.
         """
-        return given_secret(self.configuration, is_new=is_new)
+        return given_secret(self.configuration, self.typed, is_new=is_new)
 
     def vm(self, store: Store, name: str) -> ProtectedVm:
         """Find a protected VM. Raises UsageError."""
@@ -64,8 +70,9 @@ def store_options(function: Function) -> Function:
 
     def wrapped(*args: Any, store: str | None, tenant: str | None, config: Path | None, **kwargs: Any) -> Any:
         loaded = configuration.load(environment=os.environ, file=config, store=store, tenant=tenant)
-        vault = Vault(lambda: given_secret(loaded), require=loaded.require_encryption)
-        session = Session(loaded, this_host(loaded.state_folder), vault)
+        typed: dict[str, str] = {}
+        vault = Vault(lambda: given_secret(loaded, typed), require=loaded.require_encryption)
+        session = Session(loaded, this_host(loaded.state_folder), vault, typed)
         return function(*args, session=session, **kwargs)
 
     wrapped.__name__ = function.__name__
@@ -83,9 +90,19 @@ def store_options(function: Function) -> Function:
     return decorated  # type: ignore[no-any-return]
 
 
-def given_secret(loaded: Configuration, *, is_new: bool = False) -> Secret | None:
-    """Return what opens the tenant's key: given beforehand, or asked for on a terminal. Raises TenantKeyError."""
-    return keysource.given_secret(loaded, os.environ, lambda question: ask_passphrase(question, confirm=is_new))
+def given_secret(loaded: Configuration, typed: dict[str, str], *, is_new: bool = False) -> Secret | None:
+    """Return what opens the tenant's key: given beforehand, or asked for on a terminal and put into ``typed``.
+
+    Raises TenantKeyError.
+    """
+
+    def ask(question: str) -> str | None:
+        answer = ask_passphrase(question, confirm=is_new)
+        if answer is not None:
+            typed[keysource.PASSPHRASE_VARIABLE] = answer
+        return answer
+
+    return keysource.given_secret(loaded, os.environ, ask)
 
 
 def ask_passphrase(question: str, *, confirm: bool = False) -> str | None:

@@ -14,7 +14,7 @@ Open files are passed through the monitor's socket: QEMU needs no right to any p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,7 @@ class LiveSource:
             overlays = [Overlay.make(vm, one.source.number, one.address.node, one.size, self._scratch) for one in disks]
             actions = [action for one in disks for action in one.actions(bitmaps.new)]
             actions += [overlay.action(vm) for overlay in overlays]
-            with quiesced(first.agent) if first.agent else nullcontext(Quiesced()) as state:
+            with _quiesced(vm, first.agent) as state:
                 vm.monitor.execute("transaction", actions=actions)
             for one in disks:
                 vm.drop_bitmaps(one.address.node, one.done)
@@ -92,6 +92,16 @@ def look(path: str, *, timeout_seconds: float = 30) -> Iterator[Disk]:
         one = _Planned(source, address, about.size, Found(SCAN, "looked at"), about.file, about.format)
         vm.serve()
         yield stack.enter_context(one.exported(vm, address.node))
+
+
+def _quiesced(vm: Machine, agent: str | None) -> AbstractContextManager[Quiesced]:
+    """Freeze the guest, unless QEMU knows that nobody in it has the agent's channel open: that is not waited for."""
+    if agent is None:
+        return nullcontext(Quiesced())
+    for one in vm.monitor.rows("query-chardev"):
+        if f"unix:{agent}," in f"{one.get('filename')}," and one.get("frontend-open") is False:
+            return nullcontext(Quiesced(why_not="no guest agent runs in the guest"))
+    return quiesced(agent)
 
 
 def _only_machine(addresses: Sequence[LiveAddress]) -> LiveAddress:

@@ -146,8 +146,8 @@ def _look_ahead(means: Means, order: Order, point: Point) -> tuple[str, Literal[
     What stands against any of them is known by then, and nothing is written yet.
     """
     platform = order.platform or DEFAULT_PLATFORM
-    generation = means.offer(platform).generation(point.machine.generation, order.generation)
     means.open_platform(platform)
+    generation = means.offer(platform).generation(point.machine.generation, order.generation)
     planned = conversions.plan(means.store, means.host, means.found, point, generation, workers=means.workers)
     return platform, generation, planned
 
@@ -164,7 +164,8 @@ def spec_of(means: Means, platform: Platform, machine: RecoveryMachine, point: P
         secure_boot=point.machine.secure_boot and machine.generation == 2,
     )
     disks = means.provider.provide(platform, machine, point, with_)
-    return MachineSpec(machine.name, means.name, described, disks, machine.isolated)
+    system = None if with_.manifest is None else with_.manifest.system
+    return MachineSpec(machine.name, means.name, described, disks, machine.isolated, system)
 
 
 def bring_up(means: Means, machine: RecoveryMachine, point: Point, conversion: Conversion) -> tuple[MachineDisk, ...]:

@@ -24,6 +24,7 @@ from vhdx.osfile import open_file
 SHUTDOWN_SECONDS: Final = 300.0
 POLL_SECONDS: Final = 0.5
 ASK_AGAIN_SECONDS: Final = 10.0  # a guest that still starts up does not hear the power button
+AGENT_SECONDS: Final = 2.0  # how long a guest's agent is waited for, before the power button is pressed
 
 
 class Stopped(Protocol):
@@ -124,9 +125,12 @@ class _Qemu:
 
 def _stop_qemu(path: str, timeout_seconds: float, sleep: Callable[[float], None]) -> _Qemu:
     from replica.monitor import Monitor, MonitorError, MonitorGoneError  # noqa: PLC0415
+    from replica.platforms.channel import AgentChannel  # noqa: PLC0415
     from replica.qemu import LiveAddress  # noqa: PLC0415
 
-    socket = LiveAddress.parse(path).monitor
+    address = LiveAddress.parse(path)
+    socket = address.monitor
+    agent = None if address.agent is None else AgentChannel(address.agent)
     deadline = time.monotonic() + timeout_seconds
     try:
         with Monitor(socket) as monitor:
@@ -150,7 +154,8 @@ def _stop_qemu(path: str, timeout_seconds: float, sleep: Callable[[float], None]
                         hint="shut it down from inside, and fail over again; or say --unplanned",
                     )
                 if time.monotonic() >= ask_at:
-                    monitor.execute("system_powerdown")
+                    if agent is None or not agent.shut_down(timeout_seconds=AGENT_SECONDS):
+                        monitor.execute("system_powerdown")
                     ask_at = time.monotonic() + ASK_AGAIN_SECONDS
                 sleep(POLL_SECONDS)
     except MonitorGoneError as error:

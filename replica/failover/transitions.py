@@ -56,7 +56,7 @@ NEXT: Final[Mapping[Standing, tuple[str, ...]]] = {
     Standing.FAILING_OVER: ("failover {}", "cleanup {}"),
     Standing.FAILED_OVER: ("commit {}", "failover {} --point P", "cleanup {}"),
     Standing.COMMITTED: ("reprotect {}",),
-    Standing.REPROTECTED: ("failback {}",),
+    Standing.REPROTECTED: ("replicate {}", "failback {}"),
     Standing.FAILING_BACK: ("failback {}",),
 }
 

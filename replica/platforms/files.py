@@ -5,7 +5,7 @@ Nothing is run here: a person, or a program that knows the hypervisor, makes a m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -39,11 +39,16 @@ class FilesPlatform:
         *,
         format: ConvertFormat = "vhdx",  # noqa: A002 - what everyone calls it
         progress: Progress = silent,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Keep machines below the host's state folder, their disks as ``format``."""
+        """Keep machines below the host's state folder, their disks as ``format``.
+
+        ``environment`` is that of the servers of disks, by which they have the key: ours unless given.
+        """
         self._folders = MachineFolders(host, "files")
         self._format: ConvertFormat = format
         self._progress = progress
+        self._environment = environment
 
     @property
     def name(self) -> PlatformName:
@@ -108,7 +113,7 @@ class FilesPlatform:
         with self._folders.held(name) as folder:
             missing = [disk for disk in folder.read().disks if not self._path(folder, disk).exists()]
             if missing:
-                servant.ensure(folder.path)
+                servant.ensure(folder.path, environment=self._environment)
             for disk in missing:
                 with folder.errors(f"make disk {disk.number}"), _opened(disk) as source:
                     convert_disk(source, self._path(folder, disk), format=self._format, progress=self._progress)

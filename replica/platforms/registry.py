@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Final
 
 from replica.errors import UsageError
@@ -11,13 +11,18 @@ from replica.platforms.files import FilesPlatform
 from replica.platforms.platform import Platform
 from replica.platforms.qemu import QemuPlatform
 
-_PLATFORMS: Final[dict[str, Callable[[Host], Platform]]] = {"qemu": QemuPlatform, "files": FilesPlatform}
+_PLATFORMS: Final[dict[str, type[QemuPlatform] | type[FilesPlatform]]] = {"qemu": QemuPlatform, "files": FilesPlatform}
+NAMES: Final = tuple(_PLATFORMS)
 
 
-def open_platform(name: str, host: Host) -> Platform:
-    """Return the platform of that name on this host. Raises UsageError where there is none."""
-    try:
-        return _PLATFORMS[name](host)
-    except KeyError:
-        known = ", ".join(_PLATFORMS)
-        raise UsageError(f"there is no platform {name!r} here", hint=f"there are {known}") from None
+def open_platform(name: str, host: Host, *, environment: Mapping[str, str] | None = None) -> Platform:
+    """Return the platform of that name on this host. Raises UsageError where there is none.
+
+    ``environment`` is that of the servers that read the store for machines: ours unless given.
+    """
+    found = _PLATFORMS.get(name)
+    if found is None:
+        raise UsageError(
+            f"machines cannot be started on {name!r} by this version", hint=f"say --platform {' or '.join(NAMES)}"
+        )
+    return found(host, environment=environment)

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -52,16 +52,19 @@ class QemuPlatform:
         accelerator: str | None = None,
         options: Sequence[str] | None = None,
         hydrate_bytes_per_second: int = 0,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Run machines below the host's state folder.
 
         ``accelerator`` is QEMU's: else GODWIT_QEMU_ACCEL's, else tcg, which every host can do. ``options`` go to QEMU
         as they are; else those of GODWIT_QEMU_OPTIONS. Hydration goes at full speed unless it is given another.
+        ``environment`` is that of the servers of disks, by which they have the key: ours unless given.
         """
         self._folders = MachineFolders(host, "qemu")
         self._accelerator = accelerator or os.environ.get(ACCELERATOR_VARIABLE, "tcg")
         self._options = shlex.split(os.environ.get(OPTIONS_VARIABLE, "")) if options is None else list(options)
         self._speed = hydrate_bytes_per_second
+        self._environment = environment
 
     @property
     def name(self) -> PlatformName:
@@ -113,7 +116,7 @@ class QemuPlatform:
             spec, files = folder.read(), QemuFiles(folder)
             backed = frozenset(d.number for d in spec.disks if not overlay.is_hydrated(files.disk(d.number)))
             if backed:
-                servant.ensure(folder.path)
+                servant.ensure(folder.path, environment=self._environment)
             if files.process.pid() is None:
                 make_place(folder.path)  # anew after a reboot
                 with folder.errors("start the machine"):
@@ -205,7 +208,7 @@ class QemuPlatform:
         return tuple(
             DiskState(
                 disk.number,
-                str(LiveAddress(str(files.replication), node_name(disk.number)))
+                str(LiveAddress(str(files.replication), node_name(disk.number), str(files.agent)))
                 if runs
                 else str(files.disk(disk.number)),
                 disk.number not in left,
@@ -223,7 +226,7 @@ class QemuPlatform:
             if files.process.pid() is None:
                 return
             if any(not overlay.is_hydrated(files.disk(disk.number)) for disk in spec.disks):
-                servant.ensure(folder.path)
+                servant.ensure(folder.path, environment=self._environment)
             with self._monitor(name, files) as monitor:
                 hydration.begin(monitor, spec.disks, bytes_per_second=self._speed)
 
