@@ -57,6 +57,8 @@ def execute(
     Write -- before a program that is given --json.
     """
     program = command[1:] if command[0] == "--" else command  # what comes after NAME is not looked at by click
+    if command[0] != "--" and command[0].startswith("-"):
+        raise click.UsageError(f"{command[0]} comes after NAME, where the program is expected: write it before NAME")
     done = _found(session, name, machine).execute(program, timeout_seconds=timeout_seconds)
 
     def render() -> None:

@@ -144,7 +144,7 @@ def _stop_qemu(path: str, timeout_seconds: float, sleep: Callable[[float], None]
                     path=socket,
                     hint="shut the VM down, protect its disk files by 'godwit protect --update', and fail over again",
                 ) from error
-            ask_at = time.monotonic()
+            begun = ask_at = time.monotonic()
             while monitor.execute("query-status").get("status") != "shutdown":
                 if time.monotonic() > deadline:
                     monitor.execute("set-action", shutdown="poweroff")  # as it was, unless it was started otherwise
@@ -154,7 +154,8 @@ def _stop_qemu(path: str, timeout_seconds: float, sleep: Callable[[float], None]
                         hint="shut it down from inside, and fail over again; or say --unplanned",
                     )
                 if time.monotonic() >= ask_at:
-                    if agent is None or not agent.shut_down(timeout_seconds=AGENT_SECONDS):
+                    heard = agent is not None and agent.shut_down(timeout_seconds=AGENT_SECONDS)
+                    if not heard or ask_at > begun:  # what the agent was told may have failed: it tells nobody
                         monitor.execute("system_powerdown")
                     ask_at = time.monotonic() + ASK_AGAIN_SECONDS
                 sleep(POLL_SECONDS)

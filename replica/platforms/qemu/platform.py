@@ -168,7 +168,8 @@ class QemuPlatform:
                     f"the guest of {name!r} did not shut down within {timeout_seconds:.0f} s",
                     hint="wait, or pull the plug with --force",
                 )
-            if not channel.shut_down(timeout_seconds=min(PING_SECONDS, left)):
+            heard = channel.shut_down(timeout_seconds=min(PING_SECONDS, left))
+            if not heard or left < timeout_seconds - ASK_AGAIN_SECONDS:  # the agent tells nobody that it failed
                 with suppress(PlatformError), self._monitor(name, files) as monitor:
                     monitor.execute("system_powerdown")
             process.wait(max(0.0, min(ASK_AGAIN_SECONDS, deadline - time.monotonic())))
