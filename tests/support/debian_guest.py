@@ -53,6 +53,7 @@ GRUB_IMAGE = Path("/usr/lib/grub/x86_64-efi/monolithic/grubx64.efi")
 PACKAGES = (
     *("systemd-sysv", "udev", "e2fsprogs", "initramfs-tools", "zstd", "linux-image-cloud-amd64"),
     *("lvm2", "xfsprogs", "btrfs-progs", "systemd-boot-efi"),  # for other layouts
+    *("dbus", "qemu-guest-agent"),  # by them a recovery machine is shut down, and what is in it is asked
 )
 TOOLS = ("mmdebstrap", "mke2fs", "sfdisk", "mkfs.vfat", "mcopy")
 
