@@ -33,6 +33,8 @@ LEASES = "tenants/*/vms/*/lease.json"
 PINS = "tenants/*/vms/*/pins/*.json"
 HOLDS = "tenants/*/vms/*/holds/*.json"
 CONDEMNED = "tenants/*/vms/*/condemned/*.json"
+EVENTS = "tenants/*/vms/*/events/*.json"
+HISTORIES = "tenants/*/vms/*/history/*.json"
 TENANTS = "tenants/"
 
 _TENANT = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -161,6 +163,16 @@ class VmKeys:
     def condemned(self) -> str:
         """The prefix of the lists of objects that are to be deleted."""
         return f"{self.prefix}condemned/"
+
+    @property
+    def events(self) -> str:
+        """The prefix of all events of the journal."""
+        return f"{self.prefix}events/"
+
+    @property
+    def histories(self) -> str:
+        """The prefix of what is remembered of points that were removed."""
+        return f"{self.prefix}history/"
 
     def condemned_list(self, number: int) -> str:
         """One list of objects that are to be deleted."""

@@ -133,7 +133,7 @@ _BUCKET_WIDE: Final = (
 
 
 def _agent(made: _Statements, terms: Terms | None) -> None:
-    added = (*keys.ADDED_BY_AGENTS, keys.HOLDS)
+    added = (*keys.ADDED_BY_AGENTS, keys.HOLDS, keys.EVENTS)
     made.allow("Add", ("s3:PutObject", *(("s3:PutObjectRetention",) if terms else ())), added)
     made.allow("Lease", ("s3:PutObject",), [keys.LEASES])
     made.deny("Keep", (*_DELETE, "s3:BypassGovernanceRetention"))
@@ -161,7 +161,17 @@ def _hold_to_conditions(made: _Statements, added: Iterable[str]) -> None:
 
 
 def _retention(made: _Statements, terms: Terms | None) -> None:
-    written = ("tenants/*/vms/*/manifests/*.json", keys.PINS, keys.CONDEMNED, keys.HOLDS)
+    # Maps and segments too: thin segments are rewritten by whoever collects garbage.
+    written = (
+        "tenants/*/vms/*/manifests/*.json",
+        "tenants/*/vms/*/maps/*",
+        "tenants/*/vms/*/segments/*",
+        keys.PINS,
+        keys.CONDEMNED,
+        keys.HOLDS,
+        keys.EVENTS,
+        keys.HISTORIES,
+    )
     deleted = (
         "tenants/*/vms/*/manifests/*.json",
         "tenants/*/vms/*/maps/*",

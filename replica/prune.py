@@ -10,7 +10,9 @@ from typing import Final
 
 from replica import catalog, history, holds, lease, pins, retention
 from replica.catalog import ProtectedVm
-from replica.errors import ObjectExistsError, ObjectLockedError, ObjectMissingError
+from replica.errors import ObjectExistsError, ObjectLockedError, ObjectMissingError, StoreRefusedError
+from replica.health import journal
+from replica.health.observation import sample_of
 from replica.host import Host
 from replica.keys import VmKeys
 from replica.lease import Lease
@@ -56,7 +58,7 @@ def plan(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = No
     state, _ = lease.read(store, found.keys)
     number = history.newest_number(store, found.keys, state.point)
     newest = history.point_at_or_before(store, found.keys, number, damaged_too=False)
-    return _plan(store, host, found.keys, chosen, newest, settings)
+    return _plan(store, host, found.keys, chosen, newest, settings, {})
 
 
 def prune(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = None) -> Pruning:
@@ -73,7 +75,10 @@ def prune(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = N
         settings = catalog.read_settings(store, found.keys, held.settings_version)
         holds.sweep(store, host, found.keys)
         chosen = rule or retention.parse(settings.retention or retention.DEFAULT_TEXT)
-        planned = _plan(store, host, found.keys, chosen, newest, settings)
+        seen: dict[int, Point] = {}
+        planned = _plan(store, host, found.keys, chosen, newest, settings, seen)
+        with contextlib.suppress(StoreRefusedError):  # a gap in reports, which must not keep points from going
+            journal.remember(store, found.keys, (sample_of(seen[one.point]) for one in planned.removed))
         locked: set[int] = set()
         removed = frozenset(_remove_all(store, found.keys, held, planned.removed, locked))
     # A point that was pinned since the plan was made has stayed, and so has one that is locked.
@@ -87,13 +92,25 @@ def prune(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = N
     )
 
 
-def _plan(store: Store, host: Host, keys: VmKeys, rule: Rule, newest: Point | None, settings: Settings) -> Pruning:
+def _plan(
+    store: Store,
+    host: Host,
+    keys: VmKeys,
+    rule: Rule,
+    newest: Point | None,
+    settings: Settings,
+    seen: dict[int, Point],
+) -> Pruning:
+    """Return what is to be removed; the points themselves come into ``seen``."""
     # A store whose listing lags may not show the newest point yet: it is known, and counts.
     times = {} if newest is None else {newest.point: newest.created_at}
     origins = {} if newest is None else {newest.point: newest.origin}
     unreadable = []
+    if newest is not None:
+        seen[newest.point] = newest
     for one in history.points(store, keys):
         if isinstance(one, Point):
+            seen[one.point] = one
             times[one.point] = one.created_at
             origins[one.point] = one.origin
         else:

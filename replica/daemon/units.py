@@ -6,7 +6,7 @@ Each returns a ``Result`` and raises nothing: what went wrong is in it.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -26,7 +26,6 @@ from replica.errors import (
     GodwitError,
     IntegrityError,
     LeaseHeldError,
-    ObjectMissingError,
     StandingError,
     StoreError,
     TenantKeyError,
@@ -35,8 +34,7 @@ from replica.errors import (
 from replica.failover import transitions
 from replica.failover.transitions import Command
 from replica.health import journal
-from replica.health.observation import sample_of
-from replica.model import Point, Settings, Standing
+from replica.model import Settings, Standing
 from replica.pipeline import ordered
 from replica.stores.store import Store
 
@@ -200,7 +198,6 @@ def _prune(unit: Unit, site: Site) -> Result:
     planned = prune.plan(store, site.host, found)
     if not planned.removed:
         return Result(fields={"removed": 0, "kept": len(planned.kept), "unreadable": len(planned.unreadable)})
-    journal.remember(store, found.keys, map(sample_of, _points(store, found, (one.point for one in planned.removed))))
     done = prune.prune(store, site.host, found)
     return Result(
         fields={
@@ -210,18 +207,6 @@ def _prune(unit: Unit, site: Site) -> Result:
             "unreadable": len(done.unreadable),
         }
     )
-
-
-def _points(store: Store, found: ProtectedVm, numbers: Iterable[int]) -> list[Point]:
-    points = []
-    for number in numbers:
-        try:
-            point = history.read(store, found.keys, number)
-        except (ObjectMissingError, IntegrityError, FormatVersionError):
-            continue
-        if isinstance(point, Point):
-            points.append(point)
-    return points
 
 
 def _verify(unit: Unit, site: Site) -> Result:

@@ -43,16 +43,6 @@ _COLUMNS: Final = (
 )
 
 
-def events_prefix(keys: VmKeys) -> str:
-    """Return the prefix of a VM's events."""
-    return f"{keys.prefix}events/"
-
-
-def history_prefix(keys: VmKeys) -> str:
-    """Return the prefix of what is remembered of removed points."""
-    return f"{keys.prefix}history/"
-
-
 # --- events
 
 
@@ -71,7 +61,7 @@ def record_event(store: Store, host: Host, keys: VmKeys, event: Event) -> str:
     if not _RESULT.fullmatch(event.result):
         raise UsageError(f"{event.result!r} is no result of an event: one lower-case word is")
     moment = event.at.astimezone(UTC).strftime("%Y%m%dT%H%M%S%fZ")
-    key = f"{events_prefix(keys)}{moment}-{event.kind.value}-{event.result}-{host.randomness.new_id()[:8]}.json"
+    key = f"{keys.events}{moment}-{event.kind.value}-{event.result}-{host.randomness.new_id()[:8]}.json"
     body = {
         "event": event.kind.value,
         "at": record.time_text(event.at),
@@ -87,7 +77,7 @@ def record_event(store: Store, host: Host, keys: VmKeys, event: Event) -> str:
 
 def event_keys(store: Store, keys: VmKeys, since: datetime | None = None) -> list[EventKey]:
     """Return what the keys tell of the VM's events after ``since``, in order of time: one LIST for each thousand."""
-    prefix = events_prefix(keys)
+    prefix = keys.events
     start_after = "" if since is None else prefix + since.astimezone(UTC).strftime("%Y%m%dT%H%M%S%fZ")
     found = (_event_key(info.key, prefix) for info in store.list(prefix, start_after=start_after))
     return [one for one in found if one is not None]
@@ -144,7 +134,7 @@ def remember(store: Store, keys: VmKeys, samples: Iterable[PointSample]) -> int:
     pieces = 0
     for start in range(0, len(ordered), LARGEST_PIECE_POINTS):
         piece = ordered[start : start + LARGEST_PIECE_POINTS]
-        key = f"{history_prefix(keys)}{piece[-1].point:020}.json"
+        key = f"{keys.histories}{piece[-1].point:020}.json"
         try:
             store.create(key, record.encode(HISTORY_KIND, _encode_piece(piece)))
         except ObjectExistsError:
@@ -162,7 +152,7 @@ def remembered(store: Store, keys: VmKeys, most_points: int, since: datetime | N
     begins before ``since``.
     """
     found: dict[int, PointSample] = {}
-    for info in sorted(store.list(history_prefix(keys)), key=lambda one: one.key, reverse=True):
+    for info in sorted(store.list(keys.histories), key=lambda one: one.key, reverse=True):
         if point_of(info.key) is None:
             continue
         piece: list[PointSample] = []

@@ -121,7 +121,7 @@ def test_what_was_pruned_is_gone_and_its_room_with_it(tmp_path: Path) -> None:
 def test_crash_at_every_write_of_pruning(tmp_path: Path) -> None:
     recording = RecordingStore((counted := _lab(tmp_path / "count")).store)
     _prune(counted, recording)
-    assert len(recording.writes) == 8  # lease, check, 2 points, check, 2 points, release
+    assert len(recording.writes) == 9  # lease, what is remembered, check, 2 points, check, 2 points, release
     for at, mode in crash_points(len(recording.writes)):
         lab = _lab(tmp_path / f"{at}-{mode.value}")
         pins.pin(lab.store, lab.host, lab.found, 2)

@@ -59,7 +59,7 @@ def test_an_event_under_another_s_key_is_found_out(lab: Lab) -> None:
 
 
 def test_keys_of_later_versions_are_left_alone(lab: Lab) -> None:
-    prefix = journal.events_prefix(lab.found.keys)
+    prefix = lab.found.keys.events
     for name in ("20260101T000000000000Z-plan-passed", "20269901T000000000000Z-drill-passed", "x"):
         lab.store.create(f"{prefix}{name}-00000000.json", b"{}")
     assert journal.event_keys(lab.store, lab.found.keys) == []
@@ -98,7 +98,7 @@ def test_a_piece_is_bounded_and_several_are_joined(lab: Lab) -> None:
     points = every(MINUTE, journal.LARGEST_PIECE_POINTS + 5)
     assert journal.remember(lab.store, lab.found.keys, points) == 2
     assert len(journal.remembered(lab.store, lab.found.keys, 100_000)) == len(points)
-    size = sum(info.size for info in lab.store.list(journal.history_prefix(lab.found.keys)))
+    size = sum(info.size for info in lab.store.list(lab.found.keys.histories))
     assert size / len(points) < 120
 
 
@@ -106,7 +106,7 @@ def test_reading_stops_where_it_has_enough(lab: Lab) -> None:
     for day in range(3):
         points = [sample(day * 10 + number, timedelta(days=3 - day)) for number in range(1, 10)]
         journal.remember(lab.store, lab.found.keys, points)
-    [oldest, *_] = keys_below(lab, journal.history_prefix(lab.found.keys))
+    [oldest, *_] = keys_below(lab, lab.found.keys.histories)
     lab.store.delete(oldest)
     lab.store.create(oldest, b"damaged, and not looked at")
     assert [one.point for one in journal.remembered(lab.store, lab.found.keys, 9)] == list(range(21, 30))
@@ -127,7 +127,7 @@ def test_a_damaged_piece_hides_no_other(lab: Lab, change: dict[str, object]) -> 
     from replica import record  # noqa: PLC0415
 
     journal.remember(lab.store, lab.found.keys, [sample(n, MINUTE) for n in (1, 2, 3)])
-    [key] = keys_below(lab, journal.history_prefix(lab.found.keys))
+    [key] = keys_below(lab, lab.found.keys.histories)
     body = record.decode("history", lab.store.get(key), key=key).values
     lab.store.create(key.replace("3.json", "9.json"), record.encode("history", {**body, **change}))
     assert [one.point for one in journal.remembered(lab.store, lab.found.keys, 100)] == [1, 2, 3]

@@ -202,7 +202,7 @@ def test_what_is_written_of_an_encrypted_vm_is_sealed(tmp_path: Path) -> None:
     event = Event(EventKind.DRILL, START, "passed", "secret-host", detail="a secret")
     key = journal.record_event(lab.store, lab.host, lab.found.keys, event)
     journal.remember(lab.store, lab.found.keys, look(lab).samples)
-    [piece] = [info.key for info in inner.list(journal.history_prefix(lab.found.keys))]
+    [piece] = [info.key for info in inner.list(lab.found.keys.histories)]
     assert b"secret" not in inner.get(key) and b"created_at" not in inner.get(piece)
     assert look(lab).last_drill == event
     assert [one.point for one in journal.remembered(lab.store, lab.found.keys, 9)] == [1]

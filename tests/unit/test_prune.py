@@ -9,6 +9,7 @@ import pytest
 
 from replica import history, lease, pins, protection, prune, retention
 from replica.errors import IntegrityError, LeaseHeldError, LeaseLostError, UsageError
+from replica.health import journal
 from replica.lease import TERM
 from replica.model import Fence
 from tests.support.engine import BLOCK, FakeClock, Lab, make_host, make_lab, random_blocks
@@ -68,7 +69,11 @@ def test_manifests_go_oldest_first_and_nothing_else_is_deleted(tmp_path: Path) -
     prune.prune(recording, lab.host, lab.found, rule=LAST)
     deleted = [request.key for request in recording.writes if request.kind == "delete"]
     assert deleted == [lab.found.keys.manifest(number) for number in (1, 2, 3)]
-    assert {request.key for request in recording.writes} == {*deleted, lab.found.keys.lease}
+    [remembered] = [request.key for request in recording.writes if request.key.startswith(lab.found.keys.histories)]
+    assert {request.key for request in recording.writes} == {*deleted, remembered, lab.found.keys.lease}
+    order = [request.key for request in recording.writes]
+    assert order.index(remembered) < order.index(deleted[0])
+    assert [one.point for one in journal.remembered(lab.store, lab.found.keys, 100)] == [1, 2, 3]
 
 
 def test_a_vm_without_points_has_nothing_to_prune(tmp_path: Path) -> None:
