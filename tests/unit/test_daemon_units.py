@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -244,6 +245,9 @@ def test_disks_that_are_here(tmp_path: Path) -> None:
     assert here.missing([str(tmp_path / "a.img"), str(tmp_path / "b.img")]) == str(tmp_path / "b.img")
     for path in ("qmp:/nowhere.sock#node", "qmp:", "libvirt:", "libvirt:x?connect=test%3A%2F%2F%2Fnowhere#vda", "a\0b"):
         assert here.missing([path]) == path
+    hyperv = "hyperv:6f0d3c52-8e43-4d5e-9a53-60d170000001{}#scsi-0-0"
+    assert here.missing([hyperv.format("?host=https://hv1:5986")]) is None
+    assert (here.missing([hyperv.format("")]) is None) == (sys.platform == "win32")
 
 
 def test_the_endpoint_serves_what_there_is() -> None:
