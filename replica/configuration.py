@@ -16,6 +16,7 @@ from replica.workers import Workers, default_workers
 
 if TYPE_CHECKING:
     from replica.daemon.terms import AgentTerms
+    from replica.drills.checks import Terms as DrillTerms
 
 FILE_NAME: Final = "godwit.toml"
 SETTINGS: Final = (
@@ -28,6 +29,7 @@ SETTINGS: Final = (
     "key_command",
     "require_encryption",
     "agent",
+    "drill",
 )
 
 
@@ -44,6 +46,7 @@ class Configuration:
     key_command: str | tuple[str, ...] | None = None
     require_encryption: bool = False
     agent: AgentTerms | None = None  # None where the file says nothing of it
+    drill: DrillTerms | None = None  # the same
 
 
 def load(
@@ -76,6 +79,7 @@ def load(
         key_command=known.take("key_command", _command, None),
         require_encryption=known.take("require_encryption", _truth, False),
         agent=_agent(values["agent"], mistakes) if "agent" in values else None,
+        drill=_drill(values["drill"], mistakes) if "drill" in values else None,
     )
     mistakes += [
         f"{name!r} is not a setting: there are {', '.join(SETTINGS)}" for name in values if name not in SETTINGS
@@ -89,6 +93,14 @@ def _agent(value: Any, mistakes: list[str]) -> AgentTerms:
     from replica.daemon import terms  # noqa: PLC0415 - only the agent needs it, and time zones take time to import
 
     found, wrong = terms.read(value)
+    mistakes += wrong
+    return found
+
+
+def _drill(value: Any, mistakes: list[str]) -> DrillTerms:
+    from replica.drills import checks  # noqa: PLC0415 - only drills need it
+
+    found, wrong = checks.read(value)
     mistakes += wrong
     return found
 

@@ -155,6 +155,7 @@ def test_the_settings_that_are_offered_are_those_that_are_known() -> None:
         "key_command",
         "require_encryption",
         "agent",
+        "drill",
     )
 
 

@@ -1,0 +1,277 @@
+"""A drill: a test failover in a network of its own, checks, and cleanup, without which it did not pass.
+
+What it leaves if it is killed is known: the test machine stands in the VM's settings as any other, and a note in this
+host's state folder says that it was a drill's, so that the next drill removes it, and none of the tests of people.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from conversion.errors import ConversionError
+from replica import catalog
+from replica.drills.checking import Examiner, Outcome
+from replica.drills.checks import Terms
+from replica.drills.stopwatch import Phase, Stopwatch, Timing, WatchedPlatform, WatchedProvider
+from replica.errors import (
+    ConfigurationError,
+    GodwitError,
+    LeaseHeldError,
+    NoStoreError,
+    PlatformError,
+    StandingError,
+    TenantKeyError,
+    UsageError,
+)
+from replica.failover import failover as failing_over
+from replica.failover import settling
+from replica.failover.choosing import PassedOver
+from replica.failover.failover import DEFAULT_PLATFORM, Order
+from replica.failover.means import Means
+from replica.model import FailoverKind, Point, RecoveryMachine
+from replica.platforms.platform import Power
+from vhdx.errors import DiskError
+
+# With these nothing was tried yet: they are told to whoever asked, and are no drill that failed.
+_REFUSALS: Final = (UsageError, StandingError, ConfigurationError, TenantKeyError, LeaseHeldError, NoStoreError)
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class Drill:
+    """What a drill saw. ``reasons`` is why it did not pass; ``rto_seconds`` from the command to the first answer."""
+
+    begun_at: datetime
+    ended_at: datetime
+    platform: str
+    reasons: tuple[str, ...]
+    wanted_point: int | None
+    point: Point | None
+    machine: RecoveryMachine | None
+    passed_over: tuple[PassedOver, ...]
+    timings: tuple[Timing, ...]
+    rto_seconds: float | None
+    outcomes: tuple[Outcome, ...]
+    cleaned: bool
+    picture: bytes | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check that is required passed, and the cleanup too."""
+        return not self.reasons
+
+
+def run(means: Means, order: Order, terms: Terms) -> Drill:
+    """Make a drill of the VM, and clean up behind it, interrupted or not.
+
+    Raises UsageError, StandingError, ConfigurationError, TenantKeyError and LeaseHeldError where it cannot even be
+    begun; whatever goes wrong later is a reason why it failed.
+    """
+    platform = order.platform or terms.platform or DEFAULT_PLATFORM
+    if not means.offer(platform).starts:
+        raise UsageError(
+            f"platform {platform!r} starts no machines, so there is nothing to see", hint="choose --platform qemu"
+        )
+    order = replace(order, kind=FailoverKind.TEST, platform=platform, generation=order.generation or terms.generation)
+    with means.host.exclusive(f"drill-{means.found.vm.vm_id}") as is_certain:
+        notes = _Notes(means)
+        told = notes.remove_leftovers() if is_certain else ()
+        return _Run(means, order, terms, notes).run(told)
+
+
+class _Run:
+    """One drill, while no other of the VM is made on this host."""
+
+    def __init__(self, means: Means, order: Order, terms: Terms, notes: _Notes) -> None:
+        self._means = replace(
+            means,
+            open_platform=lambda name: WatchedPlatform(means.open_platform(name), self._about_to_start),
+            provider=WatchedProvider(means.provider, self._about_to_make),
+        )
+        self._bare = means
+        self._order = order
+        self._terms = terms
+        self._notes = notes
+        self._begun_at = means.host.clock.now()
+        self._watch = Stopwatch(means.host.clock)
+        self._begun = means.host.clock.monotonic()
+        self._machine: RecoveryMachine | None = None
+        self._point: Point | None = None
+        self._passed_over: tuple[PassedOver, ...] = ()
+        self._reasons: list[str] = []
+        self._outcomes: list[Outcome] = []
+        self._rto: float | None = None
+        self._picture: bytes | None = None
+
+    def run(self, told: tuple[str, ...]) -> Drill:
+        """Make the drill."""
+        cleaned = False
+        try:
+            if self._start():
+                self._look()
+        finally:
+            self._watch.enter(Phase.CLEANUP)
+            trouble = self._clean_up()
+            self._watch.end()
+            cleaned = trouble is None
+        if trouble is not None:
+            self._reasons.append(f"cleanup: {trouble}")
+        return Drill(
+            begun_at=self._begun_at,
+            ended_at=self._means.host.clock.now(),
+            platform=self._order.platform or DEFAULT_PLATFORM,
+            reasons=tuple(self._reasons),
+            wanted_point=self._order.point,
+            point=self._point,
+            machine=self._machine,
+            passed_over=self._passed_over,
+            timings=self._watch.timings,
+            rto_seconds=self._rto,
+            outcomes=tuple(self._outcomes),
+            cleaned=cleaned,
+            picture=self._picture,
+            notes=told,
+        )
+
+    def _about_to_make(self, machine: RecoveryMachine, point: Point) -> None:
+        self._machine, self._point = machine, point
+        self._notes.write(machine.name)
+        self._watch.enter(Phase.DEFINE)
+
+    def _about_to_start(self) -> None:
+        self._watch.enter(Phase.START)
+
+    def _start(self) -> bool:
+        """Have the machine started; False, with the reason, where it is not."""
+        try:
+            done = failing_over.failover(self._means, self._order)
+        except (GodwitError, ConversionError, DiskError) as error:
+            if self._machine is None and isinstance(error, _REFUSALS):
+                raise
+            self._reasons.append(f"{self._watch.phase.value}: {error}")
+            return False
+        self._machine, self._passed_over = done.machine, done.passed_over
+        self._watch.enter(Phase.ANSWER)
+        return True
+
+    def _look(self) -> None:
+        assert self._machine is not None
+        assert self._point is not None, "the provider was asked for its disks"
+        if self._order.point is None:
+            self._outcomes.append(_newest(self._point, self._passed_over))
+        examiner = Examiner(
+            self._means.store,
+            self._means.host,
+            self._means.found,
+            self._point,
+            self._bare.platform_of(self._machine),
+            self._machine.name,
+            self._begun + self._terms.timeout_seconds,
+            self._means.sleep,
+            self._means.workers,
+        )
+        checks = self._terms.checks_of(self._means.name)
+        self._outcomes += [examiner.examine(one) for one in checks if one.kind.answers]
+        self._watch.enter(Phase.CHECKS)
+        self._outcomes += [examiner.examine(one) for one in checks if not one.kind.answers]
+        if examiner.picture is None:
+            with contextlib.suppress(GodwitError):  # nobody asked for it, but it may tell what went wrong
+                examiner.take_picture()
+        self._picture = examiner.picture
+        if examiner.answered_at is None:
+            self._reasons.append("the guest did not answer")
+        else:
+            self._rto = round(examiner.answered_at - self._begun, 3)
+        self._reasons += [f"{one.name}: {one.observed}" for one in self._outcomes if one.stands_against]
+
+    def _clean_up(self) -> str | None:
+        """Remove the machine; return why it is still there, if it is."""
+        if self._machine is None:
+            return None
+        try:
+            self._notes.remove_machine(self._machine)
+        except GodwitError as error:
+            return str(error)
+        return None
+
+
+class _Notes:
+    """The names of the machines of drills of a VM that are not known to be gone, each a file in the state folder."""
+
+    def __init__(self, means: Means) -> None:
+        self._means = means
+        state = means.host.state_folder
+        self._folder: Path | None = None if state is None else state / "drills" / means.found.vm.vm_id
+
+    def write(self, name: str) -> None:
+        """Note a machine before anything of it is made. Raises PlatformError."""
+        if self._folder is None:
+            return
+        with self._errors():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / name).touch()
+
+    def remove_leftovers(self) -> tuple[str, ...]:
+        """Remove the machines of drills that were killed; return what there is to tell. Raises LeaseHeldError."""
+        told = []
+        for name in self._noted():
+            known = {one.name: one for one in self._tests()}
+            if name not in known:
+                self._strike(name)
+                continue
+            try:
+                self.remove_machine(known[name])
+                told.append(f"{name}, of a drill that was cut off, was removed")
+            except (PlatformError, OSError) as error:
+                told.append(f"{name}, of a drill that was cut off, is still there: {error}")
+        return tuple(told)
+
+    def remove_machine(self, machine: RecoveryMachine) -> None:
+        """Remove a machine and its note. Raises PlatformError, LeaseHeldError, StoreError where it stays."""
+        if any(one.name == machine.name for one in self._tests()):
+            settling.cleanup(self._means, (machine.name,))
+        elif self._means.platform_of(machine).power(machine.name) is not Power.GONE:  # struck by somebody else
+            self._means.remove(machine)
+        self._strike(machine.name)
+
+    def _tests(self) -> tuple[RecoveryMachine, ...]:
+        state = catalog.settings_in_force(self._means.store, self._means.found).state
+        return tuple(one for one in state.beside if one.kind is FailoverKind.TEST)
+
+    def _noted(self) -> list[str]:
+        if self._folder is None:
+            return []
+        with self._errors():
+            if not self._folder.is_dir():
+                return []
+            return sorted(one.name for one in self._folder.iterdir() if _NAME.fullmatch(one.name))
+
+    def _strike(self, name: str) -> None:
+        if self._folder is not None:
+            with contextlib.suppress(OSError):  # the next drill finds that the machine is gone
+                (self._folder / name).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise PlatformError(
+                f"the notes of drills can be neither read nor written: {error.strerror}", path=str(self._folder)
+            ) from error
+
+
+def _newest(point: Point, passed_over: tuple[PassedOver, ...]) -> Outcome:
+    """Return whether the newest point is the one that was started: an older one loses what came since."""
+    name = "the newest point restores"
+    if not passed_over:
+        return Outcome(name, "newest", True, True, f"point {point.point} was started", 0.0)
+    why = "; ".join(f"point {one.point}: {one.because}" for one in passed_over[:5])
+    return Outcome(name, "newest", True, False, f"point {point.point} was started in its place: {why}"[:1000], 0.0)
