@@ -200,7 +200,7 @@ def acquire(store: Store, keys: VmKeys, host: Host, *, sole_on_host: bool, take_
     if before.held and before.expires_at > now and not dead:
         name = holder.host_name if holder else "another machine"
         raise LeaseHeldError(
-            f"{name} is replicating this VM; its lease runs until {before.expires_at:%H:%M:%S} UTC",
+            f"{name} is at work on this VM; its lease runs until {before.expires_at:%H:%M:%S} UTC",
             hint="wait until it is done; if that machine is gone, the lease can be taken when it has run out",
         )
     if before.epoch == LARGEST_EPOCH:

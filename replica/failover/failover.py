@@ -33,6 +33,7 @@ from replica.model import (
     Standing,
 )
 from replica.platforms.platform import MachineSpec, Platform, Power
+from replica.source import is_live
 from vhdx.progress import Progress, silent
 
 DEFAULT_PLATFORM = "qemu"
@@ -339,6 +340,8 @@ def final_point(means: Means, turn: Turn, progress: Progress) -> Iterator[tuple[
     The machine is off while the context lasts. Raises SourceError where it is not, or was written to meanwhile.
     """
     with ExitStack() as stack:
+        if is_live(turn.settings.sources[0].path):
+            progress(0, 0, "shutting down")  # minutes, in some guests
         with turn.kept():
             off = stack.enter_context(means.stopped(turn.settings.sources))
         point = cycle.run(

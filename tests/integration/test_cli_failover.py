@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cli import main
+from cli import main, session
 from cli.output import Output
 from tests.support.engine import BLOCK, random_blocks
 
@@ -120,6 +120,29 @@ def test_an_unplanned_failover_without_the_source_and_without_any_local_state(
     back = good("cleanup", "web", "--yes")
     assert "web is protected" in back.out
     assert not Path(machine["disks"][0]["address"]).exists()
+
+
+def test_a_passphrase_that_was_typed_reaches_the_server_of_the_disks(
+    tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def type_it(question: str, *, confirm: bool = False) -> str:
+        asked.append(question)
+        return "typed by hand"
+
+    monkeypatch.setattr(session, "ask_passphrase", type_it)
+    good("key", "init")
+    (tmp_path / "secret.img").write_bytes(disk.read_bytes())
+    good("protect", "secret", "--disk", tmp_path / "secret.img", "--encrypt")
+    good("replicate", "secret")
+    asked.clear()
+    test = good("failover", "secret", "--test", "--platform", "files", "--json").document["machine"]
+    assert content(test["disks"][0]["address"]) == disk.read_bytes()
+    assert len(asked) == 1
+    for kept in (tmp_path / "state").rglob("*"):
+        assert not kept.is_file() or b"typed by hand" not in kept.read_bytes()
+    assert "GODWIT_PASSPHRASE" not in os.environ
 
 
 def test_a_test_beside_the_source(disk: Path) -> None:

@@ -224,7 +224,7 @@ def test_another_agent_holds_a_vm_and_the_others_go_on(place: Place) -> None:
             agent.event("cycle.done", "free")
         busy = [one for one in agent.events if one["event"] == "cycle.busy"]
         assert [one["vm"] for one in busy] == ["taken"]
-        assert "host-b is replicating this VM" in busy[0]["message"]
+        assert "host-b is at work on this VM" in busy[0]["message"]
         assert agent.stop() == 0
     assert len(place.points(free)) >= 4
     assert place.points(taken) == []
