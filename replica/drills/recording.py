@@ -75,7 +75,7 @@ def event_of(made: Drill, written: Written | None) -> Event:
         "passed" if made.passed and written is not None else "failed",
         points=() if number is None else (number,),
         seconds=made.rto_seconds or 0.0,
-        detail="; ".join(told),
+        detail="; ".join(told).encode("utf-8", "backslashreplace").decode(),  # names may hold what UTF-8 does not
     )
 
 
