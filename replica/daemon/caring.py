@@ -125,10 +125,16 @@ class Caring:
             if member.state in _IDLE:
                 self._again(member, task)
             elif task is Task.PRUNE and member.state is MemberState.RUNNING:  # which holds the lease
-                self._agenda.set(key, now + 60.0)
+                member.prune_after_cycle = True
             else:
                 member.pruning = task is Task.PRUNE
                 self._agent.begin(replace(self._agent.unit(task), found=member.facts.found))
+
+    def after_cycle(self, member: Member) -> None:
+        """Let pruning begin that waited for the end of a cycle."""
+        if member.prune_after_cycle:
+            member.prune_after_cycle = False
+            self._agenda.set((member.name, Task.PRUNE), self._agent.monotonic())
 
     def _again(self, member: Member | None, task: Task) -> None:
         """Put the next turn down."""

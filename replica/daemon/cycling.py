@@ -119,6 +119,7 @@ class Cycling:
             )
             self._agent.say(event, name, **result.fields, **(problem(result.error) if result.error else {}))
             return
+        self._agent.caring.after_cycle(member)
         if result.verdict is Verdict.ABANDONED:
             member.state = MemberState.WAITING
             self._agent.say("cycle.abandoned", name)

@@ -50,6 +50,7 @@ class Member:
     next_at: datetime | None = None
     pruning: bool = False
     due_after_pruning: bool = False
+    prune_after_cycle: bool = False
     care: dict[Task, Care] = field(default_factory=dict)
 
     @property

@@ -310,7 +310,7 @@ def test_pruning_and_a_cycle_of_a_vm_are_never_under_way_together() -> None:
         if unit.task is not Task.REFRESH
     ]
     assert all(following >= end - 1e-6 for (_, end), (following, _) in itertools.pairwise(spans))
-    assert len(sim.begins(Task.PRUNE)) >= 60
+    assert len(sim.begins(Task.PRUNE)) >= 70  # of 72: none is put off for longer than a cycle takes
 
 
 def test_what_is_off_is_not_done() -> None:
