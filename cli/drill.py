@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +12,19 @@ import click
 from cli.failover import means_of
 from cli.output import Output, output_options
 from cli.session import Duration, Session, duration_text, store_options
+from replica.catalog import ProtectedVm
 from replica.drills import checks as checking
 from replica.drills import evidence, recording
 from replica.drills.checks import Terms
 from replica.drills.recording import Recorded
 from replica.failover.failover import Order
+from replica.failover.means import Means
 from replica.failover.offer import OFFERS
+from replica.host import Host
+from replica.platforms.registry import NAMES
+from replica.stores.store import Store
 
+STARTING = [name for name in NAMES if OFFERS[name].starts]
 FAILED = 1
 DEGRADED = 3
 
@@ -33,7 +40,7 @@ DEGRADED = 3
     metavar="FILE",
     help="The checks, as TOML or JSON.  [default: [drill] of godwit.toml, or else whether the guest answers]",
 )
-@click.option("--platform", type=click.Choice(list(OFFERS)), help="Where it is started.  [default: qemu]")
+@click.option("--platform", metavar=f"[{'|'.join(STARTING)}]", help="Where it is started.  [default: qemu]")
 @click.option(
     "--generation", type=click.Choice(["1", "2", "auto"]), help="What it starts as; auto: as it is, if that can be."
 )
@@ -144,6 +151,15 @@ def _result(passed: bool, *, required: bool, skipped: bool) -> str:
     if skipped:
         return "not made"
     return "passed" if passed else "FAILED" if required else "failed, not required"
+
+
+def scheduled(session: Session) -> Callable[[Store, Host, ProtectedVm], dict[str, object]]:
+    """Return what an agent runs for its drills."""
+
+    def means(store: Store, _: Host, found: ProtectedVm) -> Means:
+        return means_of(session, store, found.vm.name)
+
+    return recording.scheduled(means, session.configuration.drill or Terms())
 
 
 @click.command("verify")

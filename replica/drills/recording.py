@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from replica.catalog import ProtectedVm
 from replica.drills import evidence
 from replica.drills.checks import Terms
 from replica.drills.drill import Drill, run
@@ -18,6 +19,7 @@ from replica.health.journal import record_event
 from replica.health.observation import Event, EventKind
 from replica.host import Host
 from replica.signing import host_key
+from replica.stores.store import Store
 
 FOLDER: Final = "evidence"  # in the state folder, where no other is chosen
 
@@ -79,14 +81,16 @@ def event_of(made: Drill, written: Written | None) -> Event:
     )
 
 
-def scheduled(means_of: Callable[..., Means], terms: Terms) -> Callable[..., dict[str, object]]:
+def scheduled(
+    means_of: Callable[[Store, Host, ProtectedVm], Means], terms: Terms
+) -> Callable[[Store, Host, ProtectedVm], dict[str, object]]:
     """Return what an agent runs for its drills: it takes store, host and VM, as ``means_of`` does.
 
     Raises GodwitError where the drill did not pass, or was not recorded.
     """
 
-    def work(*place: object) -> dict[str, object]:
-        done = drill(means_of(*place), Order(platform=terms.platform, generation=terms.generation), terms)
+    def work(store: Store, host: Host, found: ProtectedVm) -> dict[str, object]:
+        done = drill(means_of(store, host, found), Order(), terms)
         if not done.drill.passed:
             raise GodwitError("the drill failed: " + "; ".join(done.drill.reasons), path=str(done.written.document))
         if done.record is None:

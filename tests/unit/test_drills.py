@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from replica.drills import evidence
-from replica.drills.checks import Check, Kind
-from replica.drills.recording import Recorded
+from replica.drills.checks import Check, Kind, Terms
+from replica.drills.recording import Recorded, scheduled
 from replica.errors import ConfigurationError, GodwitError, LeaseHeldError, UsageError
 from replica.failover.offer import OFFERS
 from replica.health import journal
@@ -318,3 +318,15 @@ def test_a_vm_that_is_failed_over_can_be_drilled(place: Range) -> None:
     assert place.site.standing is Standing.COMMITTED
     assert place.site.state.machine is not None
     assert list(place.site.hypervisor.machines) == [place.site.state.machine.name]
+
+
+def test_what_an_agent_runs_tells_or_raises(place: Range) -> None:
+    lab = place.site.lab
+    terms = Terms((check(Kind.AGENT, timeout_seconds=30.0),), evidence=place.folder)
+    work = scheduled(lambda store, host, found: place.means(), terms)
+    told = work(lab.store, lab.host, lab.found)
+    assert (told["point"], told["rto_seconds"]) == (2, 20.0)
+    assert evidence.verify(Path(str(told["evidence"]))).body["verdict"] == "passed"
+    place.guest.answers_after_seconds = None
+    with pytest.raises(GodwitError, match="the drill failed: the guest did not answer"):
+        work(lab.store, lab.host, lab.found)
