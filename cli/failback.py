@@ -14,7 +14,7 @@ from cli.sizes import human_size
 from replica import catalog
 from replica.failback.examination import Touched
 from replica.failover import adoption, returning, transitions
-from replica.failover.homecoming import Destination, bring
+from replica.failover.homecoming import Destination, bring, look_ahead
 from replica.failover.transitions import Command
 from replica.libvirt.protecting import find_domain
 from replica.model import Identity, Standing
@@ -68,6 +68,7 @@ def failback(
     state = catalog.settings_in_force(store, means.found).state
     transitions.require(name, state, Command.FAILBACK)
     if state.standing is Standing.REPROTECTED:
+        look_ahead(means, state, Destination(to))
         output.confirm(f"Shut down the recovery machine of {name}, and bring it home?", yes=yes)
 
     def may_overwrite(touched: Touched) -> bool:

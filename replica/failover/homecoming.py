@@ -30,6 +30,19 @@ class Destination:
     keep_old: bool = False
 
 
+def look_ahead(means: Means, state: State, destination: Destination) -> None:
+    """See that there is somewhere to come home to, as long as the recovery machine runs. Raises UsageError."""
+    assert state.home is not None, "checked when it was decoded"
+    for one in _disks(state.home.sources, _base(means, state.home.point), destination.to):
+        if destination.to and not one.path.parent.is_dir():
+            raise UsageError(f"{one.path}: the folder for the new disk is not there", hint="make it, or name another")
+        if not destination.to and not one.path.exists():
+            raise UsageError(
+                f"{one.path}: the home disk is not there",
+                hint="is its file system mounted? where the disk is gone, name new files for all disks with --to",
+            )
+
+
 def bring(
     means: Means, state: State, newest: Point, destination: Destination, progress: Progress = silent
 ) -> tuple[tuple[SourceDisk, ...], Homecoming]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -16,6 +17,7 @@ from replica.failover.turn import Turn
 from replica.model import Point, RecoveryMachine, Settings, SourceDisk, Standing, State
 from replica.platforms.platform import Power
 from replica.source import change_source
+from vhdx.errors import DiskError
 from vhdx.progress import Progress, silent
 
 # Makes the home disks what the newest point holds: ``replica.failover.homecoming.bring`` with its destination.
@@ -109,6 +111,14 @@ def _shut_down_and_intend(means: Means, turn: Turn, *, lost: bool, progress: Pro
     if lost:
         turn.put(replace(turn.settings, state=transitions.intend_failback(turn.state)), Command.FAILBACK)
         return
-    with final_point(means, turn, progress) as (_, off):
+    with ExitStack() as stack:
+        try:
+            _, off = stack.enter_context(final_point(means, turn, progress))
+        except (SourceError, PlatformError, DiskError) as error:
+            lost_hint = (
+                f"if that machine is gone for good, 'godwit failback {means.name} --lost' brings the newest point"
+            )
+            error.hint = f"{error.hint}; {lost_hint}" if error.hint else lost_hint
+            raise
         turn.put(replace(turn.settings, state=transitions.intend_failback(turn.state)), Command.FAILBACK)
         off.finish()
