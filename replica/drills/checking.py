@@ -20,7 +20,7 @@ from replica.verify import verify
 from replica.workers import Workers
 
 PING_SECONDS: Final = 5.0
-ASK_AGAIN_SECONDS: Final = 1.0
+ASK_AGAIN_SECONDS: Final = 0.25
 LONGEST_OBSERVED: Final = 1000
 MATCHED_CHARACTERS: Final = 65536  # of what a command prints
 LARGEST_FILE_BYTES: Final = 64 << 20
@@ -74,7 +74,8 @@ class Examiner:
         try:
             passed, observed = self._made(check, min(begun + check.timeout_seconds, self.deadline))
         except GodwitError as error:
-            passed, observed = False, f"{error}; {error.hint}" if error.hint else str(error)
+            told = error.message if isinstance(error, PlatformError) else str(error)  # its path is a socket's, here
+            passed, observed = False, f"{told}; {error.hint}" if error.hint else told
         if check.kind.answers:
             self._silent = self._silent or not passed
             if passed and self.answered_at is None:
@@ -168,7 +169,7 @@ class Examiner:
         try:
             status, output, errors = channel.execute(command, timeout_seconds=self._span(until))
         except PlatformError as error:
-            return False, str(error)
+            return False, error.message
         said = output[: 4 * MATCHED_CHARACTERS].decode("utf-8", "replace")[:MATCHED_CHARACTERS]
         told = (said.strip() or errors[:MATCHED_CHARACTERS].decode("utf-8", "replace").strip())[:400]
         if check.kind is Kind.SERVICE:

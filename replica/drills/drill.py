@@ -35,8 +35,9 @@ from replica.failover.choosing import PassedOver
 from replica.failover.failover import DEFAULT_PLATFORM, Order
 from replica.failover.means import Means
 from replica.model import FailoverKind, Point, RecoveryMachine
-from replica.platforms.platform import Power
 from vhdx.errors import DiskError
+
+CLEANUP_WAIT_SECONDS: Final = 900.0  # for a cycle: the first of a VM may take that and longer
 
 # With these nothing was tried yet: they are told to whoever asked, and are no drill that failed.
 _REFUSALS: Final = (UsageError, StandingError, ConfigurationError, TenantKeyError, LeaseHeldError, NoStoreError)
@@ -235,10 +236,10 @@ class _Notes:
 
     def remove_machine(self, machine: RecoveryMachine) -> None:
         """Remove a machine and its note. Raises PlatformError, LeaseHeldError, StoreError where it stays."""
+        self._means.remove(machine)  # it runs on no longer, however long a cycle that is at work has the lease
         if any(one.name == machine.name for one in self._tests()):
-            settling.cleanup(self._means, (machine.name,))
-        elif self._means.platform_of(machine).power(machine.name) is not Power.GONE:  # struck by somebody else
-            self._means.remove(machine)
+            patient = replace(self._means, wait_seconds=max(self._means.wait_seconds, CLEANUP_WAIT_SECONDS))
+            settling.cleanup(patient, (machine.name,))
         self._strike(machine.name)
 
     def _tests(self) -> tuple[RecoveryMachine, ...]:
