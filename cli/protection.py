@@ -282,11 +282,15 @@ def _nics(written: tuple[str, ...]) -> tuple[Nic, ...] | None:
     return tuple(nics) or None
 
 
+def _cpus(number: int) -> str:
+    return "1 CPU" if number == 1 else f"{number} CPUs"
+
+
 def _render_machine(output: Output, machine: Machine) -> None:
     secure = ", Secure Boot" if machine.secure_boot else ""
     output.line(
         f"  machine: Generation {machine.generation} ({machine.firmware.upper()}{secure}), "
-        f"{machine.cpus} CPUs, {human_size(machine.memory_bytes)} of memory"
+        f"{_cpus(machine.cpus)}, {human_size(machine.memory_bytes)} of memory"
     )
     for nic in machine.nics:
         output.line(f"  network adapter: {nic.mac}{f' on {nic.network}' if nic.network else ''}")
@@ -399,7 +403,7 @@ def _render_status(output: Output, row: dict[str, Any]) -> None:
             ("encrypted", "yes" if row["encrypted"] else "no"),
             (
                 "machine",
-                f"Generation {machine['generation']}, {machine['cpus']} CPUs, {human_size(machine['memory_bytes'])}",
+                f"Generation {machine['generation']}, {_cpus(machine['cpus'])}, {human_size(machine['memory_bytes'])}",
             ),
             ("disks", [f"{disk['number']}: {disk['path']}" for disk in row["disks"]]),
             *description.lines(row),
