@@ -21,6 +21,7 @@ from replica.platforms.platform import DiskSpec, Power
 from replica.platforms.qemu import QemuPlatform
 from replica.platforms.qemu.files import QemuFiles
 from replica.platforms.sockets import socket_path
+from replica.qemu import LiveAddress
 from tests.support import running_qemu
 from tests.support.recovery import SAID, SECTOR, WRITTEN_SECTOR, Recovery, boot_sector, wait_until
 
@@ -90,7 +91,8 @@ def test_a_machine_runs_from_the_store_is_hydrated_and_needs_the_store_no_more(
     assert platform.power(NAME) is Power.RUNNING
     assert [(d.number, d.hydrated) for d in platform.disks(NAME)] == [(0, False), (1, False)]
     assert platform.disks(NAME)[0].remaining_bytes == 16 << 20
-    assert platform.disks(NAME)[0].address.endswith("/qmp#disk0")
+    address = LiveAddress.parse(platform.disks(NAME)[0].address)
+    assert address == LiveAddress(str(files.replication), "disk0", str(files.agent))
     assert servant.is_running(folder)
     wait_until(lambda: dirty_bytes(platform, 0) > 0, "the guest's write is recorded")
     platform.start(NAME)  # again: nothing
