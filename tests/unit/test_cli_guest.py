@@ -100,3 +100,9 @@ def test_a_vm_without_a_recovery_machine_is_told_what_starts_one(url: str) -> No
     code, _, err = godwit("exec", "--store", url, "web", "true")
     assert code == 2
     assert "no recovery machine" in err and "godwit failover" in err
+
+
+def test_options_after_the_name_are_not_taken_for_a_program(url: str, channel: FakeChannel) -> None:
+    code, _, err = godwit("exec", "--store", url, "web", "--timeout", "5s", "--", "true")
+    assert code == 2 and "--timeout comes after NAME" in err
+    assert channel.timeout == 0
