@@ -208,7 +208,7 @@ def test_an_initial_replication_that_is_cut_off_is_taken_up_by_the_next_start(pl
 
 def test_within_its_grace_a_cycle_is_finished(place: Place) -> None:
     found, data = _limited(place)
-    with place.agent(agent='bandwidth = "40MiB/s"\ngrace = "2m"\n') as agent:
+    with place.agent(agent='bandwidth = "4MiB/s"\ngrace = "5m"\n') as agent:
         agent.event("cycle.started")
         _until_segments(place, found)
         assert agent.stop() == 0
