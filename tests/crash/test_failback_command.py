@@ -11,7 +11,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGKILL
 from typing import Any, cast
 
 import pytest
@@ -98,7 +97,7 @@ def test_killed_at_any_moment_it_leaves_the_old_disk_or_the_new_and_goes_on(circ
         begin_again(circle)
         process = circle.start("failback", "web", "--yes", stderr=subprocess.DEVNULL)
         time.sleep(usual_seconds * chance.uniform(0.4, 1.1))
-        process.send_signal(SIGKILL)
+        process.kill()  # by SIGKILL
         process.wait()
         found = read_disk(circle.home)
         assert found in (circle.old, circle.new), number
