@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import conversion, extraction, memory, peers, replication
+from benchmarks import conversion, extraction, memory, peers, replication, tracked
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
         "what",
         nargs="*",
         default=["replication", "maps", "memory"],
-        help="replication, maps, memory; if named also conversion, and peers and peers-s3 (see benchmarks/peers.py)",
+        help="replication, maps, memory; if named also conversion, tracked, peers, peers-s3 (see benchmarks/peers.py)",
     )
     parser.add_argument(
         "--folder", type=Path, help="where images and stores go  [a memory file system, if there is room]"
@@ -48,6 +48,9 @@ def main() -> None:
         if "conversion" in options.what:
             results["conversion"] = conversion.run(folder, runs=options.runs)
             conversion.show(results["conversion"])
+        if "tracked" in options.what:
+            results["tracked"] = tracked.run(folder, runs=options.runs)
+            tracked.show(results["tracked"])
         for what, measure in (("peers", peers.run), ("peers-s3", peers.run_s3)):
             if what in options.what:
                 found = measure(folder, size_mib=options.size, runs=options.runs, tools=options.tools)

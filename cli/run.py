@@ -16,9 +16,12 @@ from cli.sizes import human_size
 from replica.errors import NoStoreError
 
 if TYPE_CHECKING:
+    from replica.catalog import ProtectedVm
     from replica.daemon.agent import Purpose
     from replica.daemon.events import Event
     from replica.daemon.terms import AgentTerms
+    from replica.host import Host
+    from replica.stores.store import Store
 
 
 @click.command()
@@ -78,6 +81,7 @@ def serve(
         purpose,
         tell=teller(output),
         reload=reload,
+        drill=_drill(session),
     )
     output.show(status, lambda: None)
     if not ending.clean:  # threads hang, and the interpreter would wait for them
@@ -85,6 +89,17 @@ def serve(
         output.stderr.flush()
         os._exit(failure.DEGRADED)
     return failure.DEGRADED if purpose.once and not ending.complete else None
+
+
+def _drill(session: Session) -> Callable[[Store, Host, ProtectedVm], dict[str, object]]:
+    """Return what a scheduled drill does, looked up once one is due: most agents never need it."""
+
+    def drill(store: Store, host: Host, found: ProtectedVm) -> dict[str, object]:
+        from cli.drill import scheduled  # noqa: PLC0415
+
+        return scheduled(session)(store, host, found)
+
+    return drill
 
 
 def store_url(session: Session) -> str:

@@ -1,7 +1,7 @@
 """Sealing: objects and keys under AES-256-GCM, in chunks that open one by one (docs/format.md, section 7).
 
-The one module that knows the cryptography package, which is loaded when something is sealed or opened for the first
-time.
+The cryptography package is loaded when something is sealed or opened for the first time. Beside this module only
+``replica.signing`` knows it.
 """
 
 from __future__ import annotations

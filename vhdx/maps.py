@@ -23,7 +23,6 @@ from vhdx.structures import BAT_ENTRY_SIZE, PayloadState
 
 WINDOW_UNITS = 1 << 20
 WINDOW_SECTORS = 1 << 22
-JOINED_GAP_SECTORS = 1 << 13  # partial units no further apart are looked at together: fewer, longer numpy calls
 
 Kinds: TypeAlias = npt.NDArray[np.uint8]
 CLEAR, ZERO, DATA, PARTIAL, INVALID = range(5)
@@ -105,22 +104,14 @@ def _extents(chain: Sequence[VhdxImage], combine: _Combine, start: int, end: int
         cuts = [0, *(int(partial[index]) for index in range(partial_limit, len(partial), partial_limit)), last - first]
         for low, high in pairwise(cuts):
             parts = [(runs_of(kinds[low:high] == DATA) + (first + low)) * unit]
-            for run_low, run_high in _groups(partial, low, high, max(1, JOINED_GAP_SECTORS // sectors_per_unit)):
-                inside = [link[run_low:run_high] for link in links]
-                parts.append(_sector_extents(chain, inside, combine, unit, first + run_low, shadows))
+            inside = partial[np.searchsorted(partial, low) : np.searchsorted(partial, high)]
+            if len(inside):
+                parts.append(
+                    _sector_extents(chain, [link[inside] for link in links], combine, unit, inside + first, shadows)
+                )
             extents = clipped(merged(parts), start, end)
             if len(extents):
                 yield extents
-
-
-def _groups(partial: npt.NDArray[np.int64], low: int, high: int, gap: int) -> Iterator[tuple[int, int]]:
-    """Yield index ranges that hold the partial units of [low, high), those at most ``gap`` apart together."""
-    inside = partial[np.searchsorted(partial, low) : np.searchsorted(partial, high)]
-    if not len(inside):
-        return
-    breaks = np.flatnonzero(np.diff(inside) > gap) + 1
-    for group in np.split(inside, breaks):
-        yield int(group[0]), int(group[-1]) + 1
 
 
 def _unit_kinds(image: VhdxImage, unit: int, first: int, last: int, shadow: int) -> Kinds:
@@ -166,31 +157,51 @@ def _refuse(image: VhdxImage, block: int) -> None:
 
 
 def _sector_extents(
-    chain: Sequence[VhdxImage], links: list[Kinds], combine: _Combine, unit: int, first: int, shadows: Sequence[int]
+    chain: Sequence[VhdxImage],
+    links: list[Kinds],
+    combine: _Combine,
+    unit: int,
+    units: npt.NDArray[np.int64],
+    shadows: Sequence[int],
 ) -> Extents:
-    """Return the data extents of the units from ``first`` whose kinds by link are ``links``, sector by sector."""
+    """Return the data extents of ``units``, whose kinds by link are ``links``, sector by sector: all units at once."""
     sector_size = chain[0].geometry.sector_size
     per_unit = unit // sector_size
     by_sector = []
     for image, kinds, shadow in zip(chain, links, shadows, strict=True):
-        sectors = np.repeat(kinds, per_unit)
-        for low, high in runs_of(kinds == PARTIAL).tolist():
-            bits = _bits(image, (first + low) * per_unit, (first + high) * per_unit)
-            sectors[low * per_unit : high * per_unit] = np.where(bits, np.uint8(DATA), np.uint8(CLEAR))
-        size = image.geometry.virtual_size
-        edge, stop = size // sector_size - first * per_unit, -(-size // unit) * per_unit - first * per_unit
-        sectors[max(0, edge) : max(0, stop)] = ZERO if size < shadow else CLEAR
+        sectors = np.repeat(kinds, per_unit).reshape(-1, per_unit)
+        partial = np.flatnonzero(kinds == PARTIAL)
+        if len(partial):
+            bits = _bits(image, units[partial], per_unit)
+            sectors[partial] = np.where(bits, np.uint8(DATA), np.uint8(CLEAR))
+        last_unit, edge = divmod(image.geometry.virtual_size // sector_size, per_unit)
+        if edge:
+            sectors[units == last_unit, edge:] = ZERO if image.geometry.virtual_size < shadow else CLEAR
         by_sector.append(sectors)
-    return (runs_of(combine(by_sector) == DATA) + first * per_unit) * sector_size
+    # A column of no data after each unit keeps the runs of units apart that do not lie beside each other.
+    flags = np.zeros((len(units), per_unit + 1), dtype=np.bool_)
+    flags[:, :per_unit] = combine(by_sector) == DATA
+    runs = runs_of(flags.ravel())
+    rows = runs[:, 0] // (per_unit + 1)
+    moved = (runs + (units[rows] * per_unit - rows * (per_unit + 1))[:, np.newaxis]) * sector_size
+    # Where a unit ends with data and the next one begins with it, the two runs are one extent.
+    apart = np.flatnonzero(moved[1:, 0] != moved[:-1, 1])
+    starts = moved[np.concatenate(([0], apart + 1)), 0] if len(moved) else moved[:, 0]
+    ends = moved[np.concatenate((apart, [len(moved) - 1])), 1] if len(moved) else moved[:, 1]
+    extents: Extents = np.stack((starts, ends), axis=1)
+    return extents
 
 
-def _bits(image: VhdxImage, first: int, last: int) -> npt.NDArray[np.uint8]:
-    """Return the sector bitmap's bits for sectors [first, last), both multiples of 8, across chunks."""
+def _bits(image: VhdxImage, units: npt.NDArray[np.int64], per_unit: int) -> npt.NDArray[np.uint8]:
+    """Return the sector bitmap's bits of units of ``per_unit`` sectors, a multiple of 8: a row for each unit."""
     geometry = image.geometry
     per_chunk = geometry.chunk_ratio * geometry.sectors_per_block
     parts = []
-    for chunk in range(first // per_chunk, -(-last // per_chunk)):
-        low = max(first, chunk * per_chunk) - chunk * per_chunk
-        high = min(last, (chunk + 1) * per_chunk) - chunk * per_chunk
-        parts.append(np.frombuffer(image.read_bitmap(chunk, low // 8, high // 8), dtype=np.uint8))
-    return np.unpackbits(np.concatenate(parts), bitorder="little")
+    edges = np.flatnonzero(np.diff(units) != 1) + 1
+    for group in np.split(units, edges):  # neighbours are read together
+        first, last = int(group[0]) * per_unit, (int(group[-1]) + 1) * per_unit
+        for chunk in range(first // per_chunk, -(-last // per_chunk)):
+            low = max(first, chunk * per_chunk) - chunk * per_chunk
+            high = min(last, (chunk + 1) * per_chunk) - chunk * per_chunk
+            parts.append(image.read_bitmap(chunk, low // 8, high // 8))
+    return np.unpackbits(np.frombuffer(b"".join(parts), dtype=np.uint8), bitorder="little").reshape(-1, per_unit)
