@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from replica import cycle, history, lease, manifest, verify
 from replica.catalog import ProtectedVm
@@ -27,9 +28,11 @@ from replica.lease import Lease
 from replica.model import Fence, Point
 from replica.pipeline import nothing
 from replica.source import OpenDisk, open_for_reading
-from replica.stores.store import Store
+from replica.stores.store import ObjectInfo, Store
 from replica.workers import Workers
 from vhdx.progress import Progress, silent
+
+READINGS: Final = 3  # of a manifest before it is given up: a good one that is fenced off is lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,25 +215,31 @@ def _read_again(examination: Examination, points: list[Point], *, quick: bool) -
     return examination.verdict(points[-1])
 
 
+def _is_sound(store: Store, key: str, info: ObjectInfo, keys: VmKeys, number: int) -> bool:
+    """Whether the manifest can be read after all, or was read short, which says nothing of what is there."""
+    try:
+        data = store.get(key)
+        if len(data) != info.size:
+            return True
+        manifest.decode(data, key=key, vm_id=keys.vm_id, point=number)
+    except IntegrityError:  # where it is encrypted, an answer that was cut off looks like this too
+        return False
+    return True
+
+
 def _give_way(store: Store, host: Host, keys: VmKeys, held: Lease, number: int) -> bool:
     """Put a fence in the place of a manifest that does not decode, so that its number stays taken."""
     key = keys.manifest(number)
     try:
         info = store.head(key)
-        tag, data = info.tag, store.get(key)
-        if len(data) != info.size:  # it was read short, which says nothing of what is there
+        if any(_is_sound(store, key, info, keys, number) for _ in range(READINGS)):
             return False
-        manifest.decode(data, key=key, vm_id=keys.vm_id, point=number)
-    except (ObjectMissingError, FormatVersionError):
+    except (ObjectMissingError, FormatVersionError, IntegrityError):
         return False
-    except IntegrityError:
-        pass
-    else:
-        return False  # it can be read after all
     held.check()
     fence = Fence(keys.vm_id, number, held.epoch, host.clock.now())
     try:
-        store.replace(key, manifest.encode(fence), tag=tag)
+        store.replace(key, manifest.encode(fence), tag=info.tag)
     except (ObjectChangedError, ObjectMissingError) as error:
         raise LeaseLostError("another agent repairs this VM", key=key, hint="stop one of the two") from error
     return True

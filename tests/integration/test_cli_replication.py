@@ -228,7 +228,7 @@ def test_11_another_agent_holds_the_lease(site: Site) -> None:
     for command in (["replicate", "web"], ["protect", "web", "--update", "--cpus", "2"]):
         done = site.run(*command)
         assert done.code == 11
-        assert "elsewhere is replicating" in done.err
+        assert "elsewhere is at work" in done.err
     assert site.objects() == before
     held.release(leftovers=False)
     site.good("replicate", "web")

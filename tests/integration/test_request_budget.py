@@ -119,7 +119,7 @@ def test_what_a_restore_reads_grows_with_the_logarithm_of_the_points(tmp_path: P
 
 
 def test_the_document_says_the_same() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "requests.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "requests.md").read_text().partition("\n# ")[0]  # of a cycle
     rows = dict(re.findall(r"^\| ([a-z ,]+?) +\| (\d+) ", text, re.MULTILINE))
     assert {name: int(count) for name, count in rows.items()} == {
         "lease, taken": 1,

@@ -74,7 +74,7 @@ def test_a_second_agent_waits_for_the_first(store: MemoryStore) -> None:
         with pytest.raises(LeaseHeldError) as caught:
             acquire(store, KEYS, second, sole_on_host=True)
         assert caught.value.exit_code == 11
-        assert "a is replicating" in str(caught.value)
+        assert "a is at work" in str(caught.value)
     held.release(leftovers=False)
     taken = acquire(store, KEYS, second, sole_on_host=True)
     assert (taken.epoch, taken.was_held, taken.leftovers) == (2, False, False)
@@ -251,7 +251,7 @@ def test_without_a_state_folder_the_lease_alone_protects(store: MemoryStore, tmp
     for folder in (None, tmp_path / "file" / "below"):
         with (
             holding(store, KEYS, make_host(folder)),
-            pytest.raises(LeaseHeldError, match="replicating this VM"),
+            pytest.raises(LeaseHeldError, match="at work on this VM"),
             holding(store, KEYS, make_host(folder)),
         ):
             pytest.fail("two held it")
