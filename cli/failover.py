@@ -17,7 +17,7 @@ from replica.failover.offer import OFFERS
 from replica.failover.providing import ServantProvider
 from replica.failover.transitions import Command
 from replica.model import FailoverKind, RecoveryMachine, Standing
-from replica.platforms.registry import NAMES, open_platform
+from replica.platforms.registry import NAMES
 from replica.stores.store import Store
 
 WAIT_SECONDS = 60.0  # for a cycle that is at work
@@ -31,7 +31,7 @@ def means_of(session: Session, store: Store, name: str) -> Means:
         store,
         session.host,
         session.vm(store, name),
-        lambda platform: open_platform(platform, session.host, environment=session.environment),
+        session.platform,
         provider,
         workers=loaded.workers,
         wait_seconds=WAIT_SECONDS,

@@ -10,7 +10,6 @@ import click
 from cli.output import Output, escape, output_options
 from cli.session import Duration, Session, store_options
 from replica.guest import Guest
-from replica.platforms.registry import open_platform
 
 
 def _guest_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,8 +31,7 @@ def _guest_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def _found(session: Session, name: str, machine: str | None) -> Guest:
     store = session.store()
     found = session.vm(store, name)
-    host = session.host
-    return Guest.find(store, host, found, lambda platform: open_platform(platform, host), machine=machine)
+    return Guest.find(store, session.host, found, session.platform, machine=machine)
 
 
 @click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

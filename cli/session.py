@@ -18,6 +18,8 @@ from replica.catalog import ProtectedVm, find
 from replica.configuration import Configuration
 from replica.errors import NoStoreError
 from replica.host import Host, this_host
+from replica.platforms.platform import Platform
+from replica.platforms.registry import open_platform
 from replica.stores.address import open_store
 from replica.stores.store import Store
 from replica.tenantkey import Secret
@@ -52,6 +54,10 @@ class Session:
         workers = self.configuration.workers
         threads = workers.threads + workers.uploads
         return open_store(address, create=create, workers=threads, around=self.vault.around)
+
+    def platform(self, name: str) -> Platform:
+        """Return the platform of that name, as it is configured. Raises UsageError, ConfigurationError."""
+        return open_platform(name, self.host, tables=self.configuration.platforms, environment=self.environment)
 
     def secret(self, *, is_new: bool = False) -> Secret | None:
         """Return what opens the tenant's key, or None where nothing was given. Raises TenantKeyError.

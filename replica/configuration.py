@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from replica.catalog import DEFAULT_TENANT
 from replica.errors import ConfigurationError, UsageError
+from replica.failover.offer import OFFERS
 from replica.keys import check_tenant
 from replica.workers import Workers, default_workers
 
@@ -30,6 +31,7 @@ SETTINGS: Final = (
     "require_encryption",
     "agent",
     "drill",
+    "platforms",
 )
 
 
@@ -47,6 +49,7 @@ class Configuration:
     require_encryption: bool = False
     agent: AgentTerms | None = None  # None where the file says nothing of it
     drill: DrillTerms | None = None  # the same
+    platforms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # a table each, read by the platform
 
 
 def load(
@@ -80,6 +83,7 @@ def load(
         require_encryption=known.take("require_encryption", _truth, False),
         agent=_agent(values["agent"], mistakes) if "agent" in values else None,
         drill=_drill(values["drill"], mistakes) if "drill" in values else None,
+        platforms=known.take("platforms", _platforms, {}),
     )
     mistakes += [
         f"{name!r} is not a setting: there are {', '.join(SETTINGS)}" for name in values if name not in SETTINGS
@@ -147,6 +151,15 @@ def _command(value: Any) -> str | tuple[str, ...]:
         return tuple(value)
     if not isinstance(value, str) or not value.strip():
         raise ValueError("should be a command: text, or a list of its words")
+    return value
+
+
+def _platforms(value: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(value, dict) or not all(isinstance(one, dict) for one in value.values()):
+        raise ValueError("should be a table for each platform, as in [platforms.NAME]")
+    for name in value:
+        if name not in OFFERS:
+            raise ValueError(f"there is no platform {name!r}: there are {', '.join(OFFERS)}")
     return value
 
 

@@ -1,28 +1,58 @@
-"""The platforms by their names."""
+"""The platforms by their names, each imported once a machine of it is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeAlias
 
-from replica.errors import UsageError
+from replica.errors import ConfigurationError, UsageError
 from replica.host import Host
-from replica.platforms.files import FilesPlatform
 from replica.platforms.platform import Platform
-from replica.platforms.qemu import QemuPlatform
 
-_PLATFORMS: Final[dict[str, type[QemuPlatform] | type[FilesPlatform]]] = {"qemu": QemuPlatform, "files": FilesPlatform}
-NAMES: Final = tuple(_PLATFORMS)
+# What [platforms.NAME] of the configuration file says of a platform, not looked at yet.
+Table: TypeAlias = Mapping[str, Any]
+Opener: TypeAlias = Callable[[Host, Table, Mapping[str, str] | None], Platform]
 
 
-def open_platform(name: str, host: Host, *, environment: Mapping[str, str] | None = None) -> Platform:
-    """Return the platform of that name on this host. Raises UsageError where there is none.
+def _qemu(host: Host, table: Table, environment: Mapping[str, str] | None) -> Platform:
+    from replica.platforms.qemu import QemuPlatform  # noqa: PLC0415 - only its machines need it
 
-    ``environment`` is that of the servers that read the store for machines: ours unless given.
+    _takes_nothing("qemu", table)
+    return QemuPlatform(host, environment=environment)
+
+
+def _files(host: Host, table: Table, environment: Mapping[str, str] | None) -> Platform:
+    from replica.platforms.files import FilesPlatform  # noqa: PLC0415 - only its machines need it
+
+    _takes_nothing("files", table)
+    return FilesPlatform(host, environment=environment)
+
+
+_OPENERS: Final[dict[str, Opener]] = {"qemu": _qemu, "files": _files}
+NAMES: Final = tuple(_OPENERS)
+
+
+def open_platform(
+    name: str,
+    host: Host,
+    *,
+    tables: Mapping[str, Table] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Platform:
+    """Return the platform of that name, as seen from this host.
+
+    ``tables``: the configuration's [platforms] section, of which a platform reads the table of its name.
+    ``environment`` is that of the servers that read the store for machines: ours unless given. Raises UsageError where
+    there is no such platform, ConfigurationError for what its table says wrong.
     """
-    found = _PLATFORMS.get(name)
-    if found is None:
+    opener = _OPENERS.get(name)
+    if opener is None:
         raise UsageError(
             f"machines cannot be started on {name!r} by this version", hint=f"say --platform {' or '.join(NAMES)}"
         )
-    return found(host, environment=environment)
+    return opener(host, (tables or {}).get(name, {}), environment)
+
+
+def _takes_nothing(name: str, table: Table) -> None:
+    if table:
+        raise ConfigurationError(f"platforms.{name}: {', '.join(map(repr, table))} is not a setting: there is none")

@@ -9,6 +9,8 @@ import pytest
 from replica import configuration
 from replica.configuration import load
 from replica.errors import ConfigurationError
+from replica.host import this_host
+from replica.platforms.registry import open_platform
 
 
 @pytest.fixture
@@ -156,6 +158,7 @@ def test_the_settings_that_are_offered_are_those_that_are_known() -> None:
         "require_encryption",
         "agent",
         "drill",
+        "platforms",
     )
 
 
@@ -174,3 +177,30 @@ def test_settings_of_encryption_that_make_no_sense_are_refused(folders: dict[str
     write(folders["work"] / "godwit.toml", written)
     with pytest.raises(ConfigurationError, match=written.split(" ", maxsplit=1)[0]):
         load(environment={}, folder=folders["work"])
+
+
+def test_platforms_have_a_table_each(folders: dict[str, Path]) -> None:
+    write(folders["work"] / "godwit.toml", '[platforms.libvirt]\nconnect = "qemu:///system"\n[platforms.qemu]\n')
+    found = load(environment={}, folder=folders["work"])
+    assert found.platforms == {"libvirt": {"connect": "qemu:///system"}, "qemu": {}}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("platforms = 3\n", "a table for each platform"),
+        ("[platforms]\nqemu = 1\n", "a table for each platform"),
+        ("[platforms.vmware]\n", "no platform 'vmware'"),
+    ],
+)
+def test_platforms_that_are_none_are_named(folders: dict[str, Path], text: str, said: str) -> None:
+    write(folders["work"] / "godwit.toml", text)
+    with pytest.raises(ConfigurationError, match=said):
+        load(environment={}, folder=folders["work"])
+
+
+def test_a_platform_without_settings_takes_none(tmp_path: Path) -> None:
+    host = this_host(tmp_path)
+    assert open_platform("files", host, tables={"qemu": {"a": 1}}).name == "files"
+    with pytest.raises(ConfigurationError, match=r"platforms\.files: 'colour' is not a setting"):
+        open_platform("files", host, tables={"files": {"colour": "red"}})
