@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import conversion, extraction, memory, peers, replication, tracked
+from benchmarks import conversion, extraction, memory, peers, peers_tracked, replication, tracked
 
 
 def main() -> None:
@@ -23,7 +23,8 @@ def main() -> None:
         "what",
         nargs="*",
         default=["replication", "maps", "memory"],
-        help="replication, maps, memory; if named also conversion, tracked, peers, peers-s3 (see benchmarks/peers.py)",
+        help="replication, maps, memory; if named also conversion, tracked, peers, peers-s3, peers-tracked "
+        "(see benchmarks/peers.py)",
     )
     parser.add_argument(
         "--folder", type=Path, help="where images and stores go  [a memory file system, if there is room]"
@@ -51,6 +52,9 @@ def main() -> None:
         if "tracked" in options.what:
             results["tracked"] = tracked.run(folder, runs=options.runs)
             tracked.show(results["tracked"])
+        if "peers-tracked" in options.what:
+            results["peers-tracked"] = peers_tracked.run(folder, runs=options.runs, tools=options.tools)
+            peers_tracked.show(results["peers-tracked"])
         for what, measure in (("peers", peers.run), ("peers-s3", peers.run_s3)):
             if what in options.what:
                 found = measure(folder, size_mib=options.size, runs=options.runs, tools=options.tools)
