@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from conversion import grub
-from conversion.bootscript import BootScript, Entry, Place, WindowsGuest, boot_script
+from conversion.bootguests import Entry, Place, WindowsGuest
+from conversion.bootscript import BootScript, boot_script
 from conversion.device import BlockDevice
 from conversion.errors import ConversionError, RefusedError, ToolError
 from conversion.filesystems.fat import FatFileSystem

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from conversion.bootscript import LABEL, EntriesGuest, Entry, GrubGuest, Guest, LoaderGuest, Place, Substitution
+from conversion.bootguests import LABEL, EntriesGuest, Entry, GrubGuest, Guest, LoaderGuest, Place, Substitution
 from conversion.errors import RefusedError
 from conversion.linux.system import BootEntry, EntriesFolder, GrubConfig, LinuxSystem, Volume
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conversion.bootscript import (
+from conversion.bootguests import (
     EntriesGuest,
     Entry,
     GrubGuest,
@@ -16,8 +16,8 @@ from conversion.bootscript import (
     Place,
     Substitution,
     WindowsGuest,
-    boot_script,
 )
+from conversion.bootscript import boot_script
 from tests.support import boot_disks
 from tests.support.boot_disks import MIB, SECTOR, Partition
 

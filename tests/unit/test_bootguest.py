@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from conversion.bootscript import EntriesGuest, Entry, GrubGuest, Guest, LoaderGuest, Place, Substitution
+from conversion.bootguests import EntriesGuest, Entry, GrubGuest, Guest, LoaderGuest, Place, Substitution
 from conversion.filesystems.probe import Probed
 from conversion.linux.bootguest import boot_guest
 from conversion.linux.commandline import root_of

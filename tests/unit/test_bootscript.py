@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conversion.bootscript import (
+from conversion.bootguests import (
     EntriesGuest,
     Entry,
     GrubGuest,
@@ -18,9 +18,9 @@ from conversion.bootscript import (
     Place,
     Substitution,
     WindowsGuest,
-    boot_script,
-    split_command_line,
 )
+from conversion.bootscript import boot_script
+from conversion.grubscript import split_command_line
 
 UUID = "6f0d3c52-8e43-4d5e-9a53-60d170000009"
 ENTRY = Entry("It's {one} $of; them", Place(UUID, 2), "/a b/vmlinuz", ("/i|1", "/i&2"), 'root=LABEL=x\'y "a b"')
