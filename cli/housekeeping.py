@@ -26,24 +26,47 @@ yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 @click.command()
 @click.argument("name")
 @click.option("--keep", metavar="RULE", help="The retention rule for this run.  [default: the VM's]")
+@click.option(
+    "--point",
+    "numbers",
+    type=click.IntRange(1),
+    multiple=True,
+    metavar="P",
+    help="Remove this point alone, whatever the rule says; may be repeated.",
+)
 @dry_run_option
 @yes_option
 @store_options
 @output_options
-def prune(output: Output, name: str, keep: str | None, dry_run: bool, yes: bool, *, session: Session) -> int | None:
+def prune(
+    output: Output,
+    name: str,
+    keep: str | None,
+    numbers: tuple[int, ...],
+    dry_run: bool,
+    yes: bool,
+    *,
+    session: Session,
+) -> int | None:
     """Remove the recovery points of the VM NAME that its retention rule does not keep.
 
     The newest point and pinned points always stay. A rule such as all:2h,hourly:24,daily:7,weekly:4,monthly:12 keeps
     every point of the two hours before the newest, and the last point of each of 24 hours, 7 days, 4 weeks and 12
     months that have any; last:N and yearly:N are terms too. The room is freed by 'godwit gc'.
+
+    With --point those points go and no other: one of which a map is lost for good, say, without which gc cannot know
+    what is needed.
     """
+    if keep is not None and numbers:
+        raise click.UsageError("say --keep or --point, not both")
     rule = None if keep is None else retention.parse(keep)
+    points = frozenset(numbers) or None
     store = session.store()
     found = session.vm(store, name)
-    done = pruning.plan(store, session.host, found, rule=rule)
+    done = pruning.plan(store, session.host, found, rule=rule, points=points)
     if done.removed and not dry_run:
         output.confirm(f"Remove {_count(len(done.removed), 'recovery point')} of {name} for good?", yes=yes)
-        done = pruning.prune(store, session.host, found, rule=rule)
+        done = pruning.prune(store, session.host, found, rule=rule, points=points)
     document = {"vm": name, "dry_run": dry_run, **_pruning_document(done)}
     output.show(document, lambda: _render_pruning(output, name, done, dry_run=dry_run))
     return 12 if done.unreadable else None

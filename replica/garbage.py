@@ -183,7 +183,8 @@ def _unsafe(found: ProtectedVm, error: IntegrityError | FormatVersionError) -> I
     return IntegrityError(
         f"{error.message}; nothing was deleted, since what {found.vm.name} needs cannot be known",
         key=error.key,
-        hint=f"'godwit verify {found.vm.name}' names what is damaged, 'godwit repair' mends what it can"
+        hint=f"'godwit verify {found.vm.name}' names what is damaged, 'godwit repair' mends what it can; a point that "
+        f"is lost for good goes by 'godwit prune {found.vm.name} --point P'"
         if isinstance(error, IntegrityError)
         else error.hint,
     )

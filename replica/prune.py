@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
 
 from replica import catalog, history, holds, lease, pins, retention
 from replica.catalog import ProtectedVm
-from replica.errors import ObjectExistsError, ObjectLockedError, ObjectMissingError, StoreRefusedError
+from replica.errors import ObjectExistsError, ObjectLockedError, ObjectMissingError, StoreRefusedError, UsageError
 from replica.health import journal
 from replica.health.observation import sample_of
 from replica.host import Host
@@ -51,30 +51,49 @@ class Pruning:
     locked: tuple[int, ...] = ()  # those of the kept points that stay only because their manifests are still locked
 
 
-def plan(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = None) -> Pruning:
-    """Return what pruning would do now, changing nothing. ``rule`` stands in for the one of the VM's settings."""
+def plan(
+    store: Store,
+    host: Host,
+    found: ProtectedVm,
+    *,
+    rule: Rule | None = None,
+    points: frozenset[int] | None = None,
+) -> Pruning:
+    """Return what pruning would do now, changing nothing.
+
+    ``rule`` stands in for the one of the VM's settings. With ``points`` those go, and no rule is asked. Raises
+    UsageError where one of them has to stay, or is none.
+    """
     settings = catalog.settings_in_force(store, found)
-    chosen = rule or retention.parse(settings.retention or retention.DEFAULT_TEXT)
+    chosen = points or rule or retention.parse(settings.retention or retention.DEFAULT_TEXT)
     state, _ = lease.read(store, found.keys)
     number = history.newest_number(store, found.keys, state.point)
     newest = history.point_at_or_before(store, found.keys, number, damaged_too=False)
     return _plan(store, host, found.keys, chosen, newest, settings, {})
 
 
-def prune(store: Store, host: Host, found: ProtectedVm, *, rule: Rule | None = None) -> Pruning:
+def prune(
+    store: Store,
+    host: Host,
+    found: ProtectedVm,
+    *,
+    rule: Rule | None = None,
+    points: frozenset[int] | None = None,
+) -> Pruning:
     """Delete the manifests of the points that are not kept, oldest first; return what was done.
 
     The newest point that can be read, pinned ones, and manifests that cannot be read stay; so do fences, which hold
     their numbers for good. What the points referred to is left to garbage collection. Cut off at any instant, every
     point that is still listed restores, and the next run goes on.
     Where the store locks what points need, a point whose manifest is still locked is left for a later run.
-    Raises LeaseHeldError where another agent is at work, LeaseLostError where one took over, StoreError.
+    ``rule`` and ``points`` as in ``plan``. Raises LeaseHeldError where another agent is at work, LeaseLostError where
+    one took over, StoreError, UsageError as ``plan``.
     """
     with lease.holding(store, found.keys, host) as held:
         newest = history.begin(store, found.keys, host, held)
         settings = catalog.read_settings(store, found.keys, held.settings_version)
         holds.sweep(store, host, found.keys)
-        chosen = rule or retention.parse(settings.retention or retention.DEFAULT_TEXT)
+        chosen = points or rule or retention.parse(settings.retention or retention.DEFAULT_TEXT)
         seen: dict[int, Point] = {}
         planned = _plan(store, host, found.keys, chosen, newest, settings, seen)
         with contextlib.suppress(StoreRefusedError):  # a gap in reports, which must not keep points from going
@@ -96,7 +115,7 @@ def _plan(
     store: Store,
     host: Host,
     keys: VmKeys,
-    rule: Rule,
+    rule: Rule | frozenset[int],
     newest: Point | None,
     settings: Settings,
     seen: dict[int, Point],
@@ -119,15 +138,42 @@ def _plan(
     pinned |= settings.state.points  # machines run from them; which these are changes under the lease only
     latest = {origins[number]: number for number in sorted(origins)}
     repeated = origins.keys() - latest.values()
-    kept = retention.keep(rule, times, pinned, repeated)
+    if isinstance(rule, frozenset):
+        _require_removable(rule, newest, times, pinned)
+        kept = frozenset(times) - rule
+        told = "as named"
+    else:
+        kept = frozenset(retention.keep(rule, times, pinned, repeated))
+        told = str(rule)
     ordered = [PointTime(number, times[number]) for number in sorted(times)]
     return Pruning(
-        rule=str(rule),
+        rule=told,
         removed=tuple(one for one in ordered if one.point not in kept),
         kept=tuple(one for one in ordered if one.point in kept),
         pinned=tuple(sorted(pinned & kept)),
         unreadable=tuple(unreadable),
     )
+
+
+def _require_removable(
+    points: frozenset[int], newest: Point | None, times: Mapping[int, datetime], pinned: frozenset[int]
+) -> None:
+    for number in sorted(points):
+        if number not in times:
+            raise UsageError(
+                f"there is no point {number} that can be read",
+                hint="'godwit points' lists them; 'godwit repair' strikes those whose manifest is damaged",
+            )
+        if newest is not None and number == newest.point:
+            raise UsageError(
+                f"point {number} is the newest: the next cycle builds on it",
+                hint="where it is damaged, 'godwit repair' makes a new one; then this one can go",
+            )
+        if number in pinned:
+            raise UsageError(
+                f"point {number} is pinned, a VM is being seeded from it, or a machine was started from it",
+                hint="'godwit unpin' or 'godwit cleanup' lets it go",
+            )
 
 
 def _remove_all(

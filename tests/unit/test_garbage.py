@@ -402,3 +402,24 @@ def test_points_that_are_pruned_while_it_reads_are_no_damage(tmp_path: Path) -> 
 
     collect(lab, store=Racing(lab.store))
     assert [one.point for one in history.points(lab.store, keys) if isinstance(one, Point)] == [4]
+
+
+def test_a_point_whose_map_is_lost_stops_it_until_that_point_is_removed(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, [random_blocks(1, 6)])
+    points = []
+    for turn in range(4):
+        lab.write(random_blocks(10 * turn + 1, 6))
+        points.append(lab.replicate())
+    parts = {point.point: {part for one in point.maps for part in one.parts} for point in points}
+    lost = min(set().union(*parts.values()) - parts[points[-1].point], key=lambda part: part.part)
+    hit = frozenset(number for number, own in parts.items() if lost in own)
+    assert 0 < len(hit) < len(points)
+    lab.store.delete(lab.found.keys.map_part(lost.part))
+    with pytest.raises(IntegrityError, match="nothing was deleted") as raised:
+        collect(lab)
+    assert "godwit prune web 1 --point P" in str(raised.value.hint)
+    prune.prune(lab.store, lab.host, lab.found, points=hit)
+    collect(lab)
+    clock(lab).advance(HOUR)
+    assert collect(lab).deleted.objects
+    lab.assert_restores(*(parts.keys() - hit))

@@ -237,3 +237,25 @@ def test_a_long_history_is_pruned_to_what_the_default_says(tmp_path: Path) -> No
     recent = [one for one in done.kept if newest - one.created_at <= timedelta(hours=2)]
     assert (len(recent), len(done.kept)) == (9, 9 + 12)
     assert len(done.removed) == 60 - len(done.kept)
+
+
+def test_named_points_go_alone_whatever_the_rule_keeps(tmp_path: Path) -> None:
+    lab = make_points(tmp_path)
+    planned = prune.plan(lab.store, lab.host, lab.found, points=frozenset({2, 4}))
+    assert (numbers(planned.removed), listed(lab)) == ([2, 4], [1, 2, 3, 4, 5])
+    done = prune.prune(lab.store, lab.host, lab.found, points=frozenset({2, 4}))
+    assert (done.rule, numbers(done.removed), numbers(done.kept)) == ("as named", [2, 4], [1, 3, 5])
+    assert listed(lab) == [1, 3, 5]
+    lab.assert_restores(1, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(5, "point 5 is the newest"), (3, "point 3 is pinned"), (9, "there is no point 9")]
+)
+def test_a_named_point_that_has_to_stay_keeps_all_of_them(tmp_path: Path, number: int, said: str) -> None:
+    lab = make_points(tmp_path)
+    pins.pin(lab.store, lab.host, lab.found, 3)
+    with pytest.raises(UsageError, match=said) as raised:
+        prune.prune(lab.store, lab.host, lab.found, points=frozenset({1, number}))
+    assert raised.value.hint
+    assert listed(lab) == [1, 2, 3, 4, 5]
