@@ -7,8 +7,9 @@ import ctypes.util
 import itertools
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,25 @@ _FILE = 0o100000
 _COMPRESSED = 0x800
 _STATE_AT = 2  # the third word of the library's volume, a set of bits
 _STATE_COMPRESSION = 1 << 6
+
+
+def is_available() -> bool:
+    """Whether the library is installed (Debian: ntfs-3g)."""
+    try:
+        _library()
+    except OSError:
+        return False
+    return True
+
+
+def fill(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write ``files`` (paths with ``/``) into the volume at ``path``, with the folders they need."""
+    with opened(path) as volume:
+        for name, content in sorted(files.items()):
+            folder = name.strip("/").rpartition("/")[0]
+            if folder:
+                volume.make_folders(folder)
+            volume.write(f"/{name.strip('/')}", content)
 
 
 def make_volume(
@@ -142,6 +162,7 @@ def opened(path: Path) -> Iterator[Volume]:
         assert library.ntfs_umount(handle, 0) == 0
 
 
+@cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(ctypes.util.find_library("ntfs-3g") or "libntfs-3g.so.89", use_errno=True)
     pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64

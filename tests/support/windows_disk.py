@@ -20,7 +20,7 @@ from conversion.filesystems.filesystem import FileSystem
 from conversion.filesystems.ntfs import NtfsFileSystem
 from conversion.identity import DiskIdentity, PartitionIdentity
 from conversion.windows.volume import BASIC_DATA, ESP, MSR, RECOVERY, Volume
-from tests.support import ntfs_files
+from tests.support import ntfs_images
 from tests.support.boot_disks import make_fat, run, sparse_file
 from tests.support.debian_guest import PATH
 from tests.support.hive_builder import build_hive, tree
@@ -50,7 +50,7 @@ def missing() -> str:
     ]
     if tools:
         return f"not installed: {', '.join(tools)}"
-    return "" if ntfs_files.is_available() else "libntfs-3g is not installed"
+    return "" if ntfs_images.is_available() else "libntfs-3g is not installed"
 
 
 def sample(name: str) -> bytes:
@@ -196,6 +196,6 @@ def build(path: Path, partitions: Sequence[Partition] | None = None) -> WindowsD
 def _make_ntfs(disk: Path, start: int, size: int, files: Mapping[str, bytes]) -> None:
     volume = sparse_file(disk.with_suffix(".ntfs"), size)
     run("mkntfs", "-q", "-F", "-f", "-p", str(start // SECTOR), "-H", "255", "-S", "63", volume)
-    ntfs_files.fill(volume, files)
+    ntfs_images.fill(volume, files)
     run("dd", f"if={volume}", f"of={disk}", "bs=1M", f"seek={start // MIB}", "conv=notrunc,sparse", "status=none")
     volume.unlink()
