@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 from replica.daemon import timing
@@ -28,6 +28,7 @@ class Cycling:
         self._once = once
         self._agenda: Agenda[str] = Agenda()
         self._not_well: set[str] = set()  # names whose only cycle was not done; for ``once``
+        self._made: set[str] = set()  # ids of VMs of which this run made a point
 
     @property
     def all_had_one(self) -> bool:
@@ -142,11 +143,14 @@ class Cycling:
             self._take_facts(member, result.facts)
         period, phase = float(member.facts.interval_seconds), timing.phase(member.vm_id, Task.CYCLE)
         missed = 0
-        if member.begun_at is not None and not self._once:
+        last = self._before(member, result)
+        if last is not None and not self._once:
             early = timing.tolerance(period)
-            before, begun = member.begun_at.timestamp() + early, unit.begun_at.timestamp() + early
-            missed = max(0, timing.missed_slots(before, begun, period, phase) - 1)
+            missed = max(
+                0, timing.missed_slots(last.timestamp() + early, unit.begun_at.timestamp() + early, period, phase) - 1
+            )
         member.begun_at = unit.begun_at
+        self._made.add(member.vm_id)
         member.last = {**result.fields, "at": self._agent.now()}
         member.failures = member.busy = 0
         member.error = None
@@ -160,6 +164,15 @@ class Cycling:
         if not member.facts.replicates:
             self._agenda.drop(member.name)
             self._skip(member)
+
+    def _before(self, member: Member, result: Result) -> datetime | None:
+        """Return when the cycle before began that made a point.
+
+        The first of this run asks the point itself: what an earlier run wrote down may lack its last cycles.
+        """
+        if member.vm_id in self._made or result.before is None:
+            return member.begun_at
+        return result.before
 
     def _take_facts(self, member: Member, facts: Facts) -> None:
         member.facts = facts

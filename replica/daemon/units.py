@@ -134,6 +134,7 @@ class Result:
     fields: Mapping[str, object] = field(default_factory=dict)
     error: BaseException | None = None
     facts: Facts | None = None  # where the settings were found to be other ones
+    before: datetime | None = None  # the instant of the point that a cycle continued
     listing: Listing | None = None
     event: str | None = None  # where it is not the usual one
     text: str | None = None
@@ -180,7 +181,10 @@ def _cycle(unit: Unit, site: Site) -> Result:
         "stored_bytes": point.cycle.stored_bytes,
         "seconds": round(point.cycle.seconds, 3),
     }
-    return Result(fields=fields, facts=_changed(store, unit, version))
+    continued = basis.point
+    # A point that was rewritten has the time of an older one, and tells nothing of when a cycle was made last.
+    before = None if continued is None or continued.repeats else continued.created_at
+    return Result(fields=fields, facts=_changed(store, unit, version), before=before)
 
 
 def _changed(store: Store, unit: Unit, version: int) -> Facts | None:

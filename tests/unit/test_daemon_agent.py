@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -409,6 +410,22 @@ def test_what_an_earlier_run_did_is_known_to_the_next_and_the_turns_between_are_
     assert {one.vm for one in later.told("cycle.missed")} == set("abcdefgh")
     assert all(9 <= int(str(one.fields["turns"])) <= 11 for one in later.told("cycle.missed"))
     assert all(later.begins(name=name)[0] <= timing.SPREAD_SECONDS + 10 for name in "abcdefgh")
+
+
+def test_the_first_cycle_of_a_run_asks_the_point_before_it_how_many_turns_went_by(tmp_path: Path) -> None:
+    """A status file may lack the last cycles of a run that was killed, or all of them."""
+    sim = Simulation(fleet("a", 60))
+    sim.run(600, status_folder=tmp_path)
+    sim.clock.advance(20 * 60)
+    for folder in (tmp_path, None):
+        later = Simulation(sim.fleet, clock=sim.clock)
+        before = sim.clock.now() - timedelta(minutes=5)
+        outcomes = iter([replace(done(), before=before), replace(done(), before=before)])
+        later.act = lambda unit, outcomes=outcomes: (0.5, next(outcomes, done()))  # type: ignore[misc]
+        later.run(300, status_folder=folder)
+        (missed,) = later.told("cycle.missed")  # of this run's own cycles it knows itself
+        assert missed.fields["turns"] == pytest.approx((later.begins()[0] + 300) // 60, abs=1)
+        assert missed.fields["turns"] in (4, 5)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 1}', b'{"format": 1, "store": "memory:none"}'])

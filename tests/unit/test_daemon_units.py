@@ -69,9 +69,13 @@ def test_a_cycle_makes_a_point_and_tells_of_settings_that_changed(lab: Lab) -> N
     site = site_of(lab, lab.store)
     done = perform(unit_of(lab, Task.CYCLE), site)
     assert (done.verdict, done.fields["point"], done.facts) == (Verdict.DONE, 1, None)
+    assert done.before is None
     catalog.update_settings(lab.store, lab.host, lab.found, interval_seconds=77)
+    made = lab.host.clock.now()
+    assert isinstance(lab.host.clock, FakeClock)
+    lab.host.clock.advance(60)
     done = perform(unit_of(lab, Task.CYCLE), site)
-    assert done.facts is not None
+    assert done.facts is not None and done.before == made
     assert (done.facts.settings_version, done.facts.interval_seconds) == (2, 77)
 
 
