@@ -99,10 +99,23 @@ class Sealer:
 
     def open(self, key: str, stored: bytes | bytearray) -> bytes:
         """Return what the whole object holds. Raises IntegrityError, FormatVersionError."""
-        _check_header(key, stored)
+        try:
+            _check_header(key, stored)
+        except FormatVersionError as error:
+            if self._is_ours(key, stored):
+                raise IntegrityError("the object's header is damaged", key=key) from error
+            raise
         if plain_size(len(stored)) is None:
             raise IntegrityError(f"a sealed object cannot have {len(stored)} bytes: it was cut", key=key)
         return self._open_chunks(key, memoryview(stored)[HEADER_BYTES:], 0, is_whole=True)
+
+    def _is_ours(self, key: str, stored: bytes | bytearray) -> bool:
+        """Whether the object was sealed by this format, whatever its header says: each chunk is bound to its header."""
+        try:
+            self._open_chunks(key, memoryview(stored)[HEADER_BYTES:], 0, is_whole=True)
+        except IntegrityError:
+            return False
+        return True
 
     def open_chunks(self, key: str, stored: bytes | bytearray, first: int) -> bytes:
         """Return what consecutive chunks hold, ``first`` being the number of the first. Raises IntegrityError."""

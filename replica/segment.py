@@ -64,9 +64,10 @@ def decode_header(magic: bytes, data: bytes | memoryview, *, key: str, vm_id: st
     found_magic, version, suite, block_bytes, found_vm, point, epoch, ordinal = _HEADER.unpack_from(data)
     if found_magic != magic:
         raise IntegrityError("the object does not begin with its magic: it is damaged or not Godwit's", key=key)
-    check_version(version, suite, key=key)
+    # Before the version is looked at: a later format has its header's checksum in the same place.
     if _CHECK.unpack_from(data, _HEADER.size)[0] != xxhash.xxh3_64_intdigest(data[: _HEADER.size]):
         raise IntegrityError("the header's checksum does not match", key=key)
+    check_version(version, suite, key=key)
     if block_bytes != BLOCK_BYTES:
         raise IntegrityError(f"the object has blocks of {block_bytes} bytes, {BLOCK_BYTES} were expected", key=key)
     if (found_vm.hex(), PartId(point, epoch, ordinal)) != (vm_id, part):

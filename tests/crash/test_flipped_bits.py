@@ -134,10 +134,10 @@ class _Flipped(MemoryStore):
 def _is_named(error: GodwitError, key: str) -> bool:
     """Whether the error is damage, by its exit code, and of that object.
 
-    The two numbers that say which version wrote an object are looked at before its checksum, which a later version may
-    have elsewhere: flipped, they may say that a newer version is needed.
+    The record of a VM alone may have another suite by rights: with that flipped it asks for a newer version.
     """
-    return isinstance(error, IntegrityError | FormatVersionError) and error.key == key
+    may_be_later = key.endswith("/vm.json") and isinstance(error, FormatVersionError)
+    return (isinstance(error, IntegrityError) or may_be_later) and error.key == key
 
 
 def _outcome(store: Store, number: int, held: tuple[bytes, ...]) -> GodwitError | None:
@@ -227,7 +227,7 @@ def test_the_command_exits_with_12_and_names_the_object(tmp_path: Path, monkeypa
             if code == 0:
                 assert back.read_bytes() == held[0]
             else:
-                assert code == 12 or (code == 13 and "newer godwit" in told), told
+                assert code == 12 or (code == 13 and "newer godwit" in told and key.endswith("/vm.json")), told
                 assert key in told
                 assert not back.exists()
         path.write_bytes(objects[key])

@@ -51,16 +51,23 @@ def test_every_flipped_bit_is_noticed() -> None:
         for bit in range(8):
             damaged = bytearray(data)
             damaged[at] ^= 1 << bit
-            with pytest.raises((IntegrityError, FormatVersionError)):
+            with pytest.raises(IntegrityError):
                 record.decode("k", bytes(damaged), key="some/key")
 
 
 def test_a_later_format_and_an_unknown_suite_are_refused_by_number() -> None:
+    later = sealed("{}", format=7, checksum="of more than the body")
     with pytest.raises(FormatVersionError, match="format 7") as caught:
-        record.decode("k", sealed("{}", format=7), key="some/key")
+        record.decode("k", later, key="some/key")
     assert "newer" in (caught.value.hint or "")
     with pytest.raises(FormatVersionError, match="suite 3"):
-        record.decode("k", sealed("{}", suite=3), key="some/key")
+        record.decode("vm", sealed("{}", suite=3, kind="vm"), key="some/key")
+
+
+def test_a_version_that_its_checksum_belies_is_damage() -> None:
+    for version, suite in ((7, 0), (1, 3), (0, 0)):
+        with pytest.raises(IntegrityError, match="not that of its checksum"):
+            record.decode("k", sealed("{}", format=version, suite=suite), key="some/key")
 
 
 def test_a_record_of_another_kind_is_refused() -> None:

@@ -239,6 +239,16 @@ def test_a_manifest_that_cannot_be_read_gives_way_to_a_fence_and_gc_works_again(
     assert len(set(restoring(lab))) >= 3
 
 
+def test_a_manifest_of_a_flipped_version_gives_way_as_any_other_that_is_damaged(lab: Lab) -> None:
+    key = lab.found.keys.manifest(2)
+    data = lab.store.get(key)
+    lab.store.delete(key)
+    lab.store.create(key, data.replace(b'"format":1', b'"format":9'))
+    done = mend(lab)
+    assert done.replaced_manifests == (2,)
+    assert_honest(lab, done)
+
+
 def test_the_newest_manifest_is_replaced_also_where_the_lease_does_not_know_its_number(lab: Lab) -> None:
     state, tag = lease.read(lab.store, lab.found.keys)
     lab.store.replace(lab.found.keys.lease, lease.encode(replace(state, point=2, leftovers=True)), tag=tag)
@@ -252,7 +262,7 @@ def test_the_newest_manifest_is_replaced_also_where_the_lease_does_not_know_its_
 
 def test_a_manifest_of_a_later_version_is_left_alone(lab: Lab) -> None:
     key = lab.found.keys.manifest(2)
-    later = lab.store.get(key).replace(b'"format":1', b'"format":7')
+    later = lab.store.get(key).replace(b'"format":1', b'"format":7').replace(b'"checksum":"', b'"checksum":"all-')
     exchange(lab.store, key, later)
     assert look(lab).manifests == ()
     harm(lab.store, segments(lab, 3)[0], "missing")

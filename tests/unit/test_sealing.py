@@ -133,6 +133,9 @@ def test_the_same_bytes_never_look_the_same() -> None:
 def test_another_suite_is_named_and_what_is_not_sealed_is_told() -> None:
     stored = bytearray(SEALER.seal(KEY, b"x"))
     stored[10] = 9
+    with pytest.raises(IntegrityError, match="header is damaged"):  # what follows it is of this suite
+        SEALER.open(KEY, bytes(stored))
+    stored[-1] ^= 1  # sealed in a way that is not known here
     with pytest.raises(FormatVersionError, match="suite 9"):
         SEALER.open(KEY, bytes(stored))
     with pytest.raises(IntegrityError, match="not encrypted although"):
