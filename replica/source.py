@@ -69,11 +69,15 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Instant:
-    """All disks of a VM as of one instant. ``acknowledge`` is called once a point of them is published, if ever."""
+    """All disks of a VM as of one instant. ``acknowledge`` is called once a point of them is published, if ever.
+
+    ``dismiss`` is called instead where none is going to be, once the context has ended.
+    """
 
     disks: tuple[OpenSource, ...]
     consistency: Consistency
     acknowledge: Callable[[], None] = _nothing
+    dismiss: Callable[[], None] = _nothing
 
 
 class ChangeSource(Protocol):

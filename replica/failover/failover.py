@@ -32,7 +32,7 @@ from replica.model import (
     Settings,
     Standing,
 )
-from replica.platforms.platform import MachineSpec, Platform, Power
+from replica.platforms.platform import Checked, MachineSpec, Platform, Power
 from replica.source import is_live
 from vhdx.progress import Progress, silent
 
@@ -147,7 +147,9 @@ def _look_ahead(means: Means, order: Order, point: Point) -> tuple[str, Literal[
     What stands against any of them is known by then, and nothing is written yet.
     """
     platform = order.platform or DEFAULT_PLATFORM
-    means.open_platform(platform)
+    opened = means.open_platform(platform)
+    if isinstance(opened, Checked):
+        opened.check()
     generation = means.offer(platform).generation(point.machine.generation, order.generation)
     planned = conversions.plan(means.store, means.host, means.found, point, generation, workers=means.workers)
     return platform, generation, planned

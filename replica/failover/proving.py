@@ -46,6 +46,7 @@ def prove(turn: Turn, point: Point, *, workers: Workers, open_disk: OpenDisk = o
                     path=one.source.path,
                     hint="is the VM running, or was it started? shut it down, and fail over again",
                 )
+    instant.dismiss()
 
 
 def _differs(

@@ -2,7 +2,8 @@
 
 Disk files are taken as a writer takes them, so that no other can. A guest under QEMU is asked to shut down while QEMU
 is told to stay: its disks are read for the last time through it, its record of changes included; then it is ended. A
-domain of libvirt is shut down, and its files are read.
+domain of libvirt is shut down, and its files are read; a VM on a Hyper-V host is shut down, and read beneath a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Final, Protocol
 
 from replica.errors import SourceError
 from replica.model import SourceDisk
-from replica.source import LIBVIRT, LIVE, is_live
+from replica.source import HYPERV, LIBVIRT, LIVE, is_live
 from vhdx.errors import DiskBusyError, DiskError
 from vhdx.formats import chain_of
 from vhdx.formats import open_disk as open_image
@@ -53,6 +54,8 @@ def stopped(
         yield _stop_qemu(first, timeout_seconds, sleep)
     elif first.startswith(LIBVIRT):
         yield _stop_domain(first, timeout_seconds, sleep)
+    elif first.startswith(HYPERV):
+        yield _stop_vm(first, timeout_seconds, sleep)
     elif is_live(first):
         raise SourceError(
             "a machine of this kind cannot be shut down from here",
@@ -218,3 +221,12 @@ def _stop_domain(path: str, timeout_seconds: float, sleep: Callable[[float], Non
                     raise
         sleep(POLL_SECONDS)
     return domain
+
+
+# -- Hyper-V ----------------------------------------------------------------------------------------------------------
+
+
+def _stop_vm(path: str, timeout_seconds: float, sleep: Callable[[float], None]) -> Stopped:
+    from replica.hyperv import stopping  # noqa: PLC0415 - files need none of it
+
+    return stopping.stop(path, timeout_seconds, sleep)

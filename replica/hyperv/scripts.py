@@ -13,6 +13,7 @@ What they call, and where it is documented (all under learn.microsoft.com/window
 - ``Msvm_ImageManagementService.GetVirtualDiskChanges`` (Path, LimitId, ByteOffset, ByteLength), the remote face of
   virtdisk's ``QueryChangesVirtualDisk``.
 - Jobs (``Msvm_ConcreteJob``): JobState below 7 is at work, 7 completed, 32768 completed with warnings in the sample.
+- Stop-VM asks through the guest's integration service, and waits as long as that takes: so it runs as a job.
 - Get-VM, Get-VMSnapshot, Get-VMFirmware and Get-VMNetworkAdapter of the Hyper-V module
   (learn.microsoft.com/powershell/module/hyper-v). VMs and checkpoints are chosen by comparing, never by a name that
   could be a wildcard or a query.
@@ -28,19 +29,22 @@ from typing import Final
 
 MOST_READ_BYTES: Final = 1 << 20
 
-_PRELUDE: Final = r"""
-$ErrorActionPreference = 'Stop'
-$ProgressPreference = 'SilentlyContinue'
-$WarningPreference = 'SilentlyContinue'
-$Namespace = 'root\virtualization\v2'
-$Recovery = 'Microsoft:Hyper-V:Snapshot:Recovery'
-
+# Ends a script, or a part of it, with a failure of a kind.
+STOP_FUNCTION: Final = r"""
 function Stop-Godwit([string]$Kind, [string]$Message, [long]$Code) {
     $Fault = New-Object System.Exception -ArgumentList $Message
     $Fault.Data['GodwitKind'] = $Kind
     $Fault.Data['GodwitCode'] = $Code
     throw $Fault
 }
+"""
+
+_PRELUDE: Final = r"""
+$ErrorActionPreference = 'Stop'
+$ProgressPreference = 'SilentlyContinue'
+$WarningPreference = 'SilentlyContinue'
+$Namespace = 'root\virtualization\v2'
+$Recovery = 'Microsoft:Hyper-V:Snapshot:Recovery'
 
 function Write-Godwit([hashtable]$Values) {
     $Values['godwit'] = 1
@@ -172,13 +176,15 @@ class Script:
     text: str
 
 
-def _script(name: str, parameters: tuple[str, ...], body: str) -> Script:
+def compose(name: str, parameters: tuple[str, ...], body: str, functions: str = "") -> Script:
+    """Return a script of ours: ``functions`` are put before its ``body``, which answers with Write-Godwit."""
     declared = ", ".join(f"[Parameter(Mandatory = $true)] [AllowEmptyString()] [string]${one}" for one in parameters)
-    text = f"param({declared})\n{_PRELUDE}\ntry {{\n{body}\n}} catch {{\n    Write-GodwitFault $_\n}}\n"
+    before = f"param({declared})\n{_PRELUDE}{STOP_FUNCTION}{functions}"
+    text = f"{before}\ntry {{\n{body}\n}} catch {{\n    Write-GodwitFault $_\n}}\n"
     return Script(name, parameters, text)
 
 
-DESCRIBE: Final = _script(
+DESCRIBE: Final = compose(
     "describe the VM",
     ("Name",),
     r"""
@@ -218,7 +224,7 @@ DESCRIBE: Final = _script(
 """,
 )
 
-SURVEY: Final = _script(
+SURVEY: Final = compose(
     "tell what there is of the VM",
     ("VmId", "Ledger"),
     r"""
@@ -235,7 +241,7 @@ SURVEY: Final = _script(
 """,
 )
 
-TAKE: Final = _script(
+TAKE: Final = compose(
     "make a recovery checkpoint",
     ("VmId", "Ledger", "Label", "Consistency", "TimeoutSeconds"),
     r"""
@@ -279,7 +285,7 @@ TAKE: Final = _script(
 """,
 )
 
-NEWEST: Final = _script(
+NEWEST: Final = compose(
     "find the newest checkpoint",
     ("VmId",),
     r"""
@@ -297,7 +303,7 @@ NEWEST: Final = _script(
 """,
 )
 
-CHANGES: Final = _script(
+CHANGES: Final = compose(
     "tell what was written",
     ("Path", "Limit", "Offset", "Length", "TimeoutSeconds"),
     r"""
@@ -325,7 +331,7 @@ CHANGES: Final = _script(
 """,
 )
 
-CONVERT: Final = _script(
+CONVERT: Final = compose(
     "make a reference point of the checkpoint",
     ("VmId", "Ledger", "Label", "Snapshot", "TimeoutSeconds"),
     r"""
@@ -350,7 +356,7 @@ CONVERT: Final = _script(
 """,
 )
 
-DISCARD: Final = _script(
+DISCARD: Final = compose(
     "remove the checkpoint",
     ("VmId", "Ledger", "Snapshot", "TimeoutSeconds"),
     r"""
@@ -366,7 +372,7 @@ DISCARD: Final = _script(
 """,
 )
 
-FORGET: Final = _script(
+FORGET: Final = compose(
     "remove the reference point",
     ("VmId", "Ledger", "Reference", "TimeoutSeconds"),
     r"""
@@ -382,7 +388,7 @@ FORGET: Final = _script(
 """,
 )
 
-COMPACT: Final = _script(
+COMPACT: Final = compose(
     "write the ledger anew",
     ("Ledger", "Text"),
     r"""
@@ -398,7 +404,7 @@ COMPACT: Final = _script(
 """,
 )
 
-MEASURE: Final = _script(
+MEASURE: Final = compose(
     "look at a file",
     ("Path",),
     r"""
@@ -407,7 +413,7 @@ MEASURE: Final = _script(
 """,
 )
 
-READ: Final = _script(
+READ: Final = compose(
     "read a file",
     ("Path", "Offset", "Length"),
     r"""
@@ -426,4 +432,24 @@ READ: Final = _script(
 """,
 )
 
-ALL: Final = (DESCRIBE, SURVEY, TAKE, NEWEST, CHANGES, CONVERT, DISCARD, FORGET, COMPACT, MEASURE, READ)
+# How is 'ask', 'force', or 'look'.
+STOP: Final = compose(
+    "stop the VM",
+    ("VmId", "How", "TimeoutSeconds"),
+    r"""
+    $Vm = Get-VM -Id ([guid]$VmId)
+    $Why = ''
+    if (([string]$Vm.State -ne 'Off') -and ($How -ne 'look')) {
+        if ($How -eq 'force') {
+            Stop-VM -VM $Vm -TurnOff -Force
+        } else {
+            $Job = Stop-VM -VM $Vm -Force -AsJob
+            $null = Wait-Job -Job $Job -Timeout ([int]$TimeoutSeconds)
+            try { $null = Receive-Job -Job $Job } catch { $Why = [string]$_.Exception.Message }
+        }
+    }
+    Write-Godwit @{ state = [string](Get-VM -Id ([guid]$VmId)).State; why = $Why }
+""",
+)
+
+ALL: Final = (DESCRIBE, SURVEY, TAKE, NEWEST, CHANGES, CONVERT, DISCARD, FORGET, COMPACT, MEASURE, READ, STOP)

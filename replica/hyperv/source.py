@@ -75,7 +75,12 @@ class HypervSource:
                     if taken.why_not:
                         about["not_quiesced"] = taken.why_not[:300]
                     disks.append(OpenSource(source, disk, tracked.found(wanted.before.get(source.number)), about))
-                yield Instant(tuple(disks), taken.consistency, partial(self._acknowledge, first, wanted.vm_id, taken))
+                yield Instant(
+                    tuple(disks),
+                    taken.consistency,
+                    partial(self._acknowledge, first, wanted.vm_id, taken),
+                    partial(self._dismiss, first, wanted.vm_id, taken),
+                )
             if not vm.stands(taken):
                 raise SourceError(
                     "the VM's checkpoint was removed while it was being read, so nothing was published",
@@ -91,6 +96,11 @@ class HypervSource:
         """Turn the checkpoint into a reference point. Where that cannot be done now, the next cycle does it."""
         with suppress(SourceError), closing(self._connect(first.host)) as session:
             VmInstants(session, first.vm, vm_id).published(taken)
+
+    def _dismiss(self, first: HypervAddress, vm_id: str, taken: Taken) -> None:
+        """Remove the checkpoint. Where that cannot be done now, the next cycle does it."""
+        with suppress(SourceError), closing(self._connect(first.host)) as session:
+            VmInstants(session, first.vm, vm_id).discard(taken.snapshot)
 
 
 @contextmanager

@@ -5,23 +5,18 @@ Nothing is run here: a person, or a program that knows the hypervisor, makes a m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from replica.errors import PlatformError
-from replica.generation.image import Image
 from replica.host import Host
 from replica.hydrate import SUFFIXES
-from replica.nbd.disk import NbdDisk
-from replica.nbd.wire import NbdError
-from replica.platforms import servant
+from replica.platforms import diskfile, servant
 from replica.platforms.folder import MachineFolder, MachineFolders
-from replica.platforms.overlay import nbd_address
+from replica.platforms.hyperv import starting
 from replica.platforms.platform import DiskSpec, DiskState, GuestChannel, MachineSpec, PlatformName, Power
-from vhdx.convert import ConvertFormat, convert_disk
-from vhdx.disk import Disk
+from vhdx.convert import ConvertFormat
 from vhdx.progress import Progress, silent
 
 GUIDE: Final = "START.txt"
@@ -74,6 +69,8 @@ class FilesPlatform:
                 for path in folder.path.glob("disk-*"):
                     path.unlink()
             folder.write_file(GUIDE, f"{self.guide(spec)}\n".encode())
+            if self._is_for_hyperv(spec):
+                folder.write_file(starting.NAME, starting.script(spec, SUFFIXES[self._format]).encode("ascii"))
             folder.write(spec)
 
     def start(self, name: str) -> None:
@@ -115,8 +112,8 @@ class FilesPlatform:
             if missing:
                 servant.ensure(folder.path, environment=self._environment)
             for disk in missing:
-                with folder.errors(f"make disk {disk.number}"), _opened(disk) as source:
-                    convert_disk(source, self._path(folder, disk), format=self._format, progress=self._progress)
+                with folder.errors(f"make disk {disk.number}"):
+                    diskfile.make(disk, self._path(folder, disk), self._format, self._progress)
             servant.end(folder.path)
 
     def channel(self, name: str) -> GuestChannel | None:
@@ -138,49 +135,18 @@ class FilesPlatform:
         folder = self.folder(spec.name)
         paths = [self._path(folder, disk) for disk in spec.disks]
         firmware = "UEFI" if spec.machine.generation == 2 else "BIOS"
-        if self._format.startswith("vhd"):
-            return _hyperv_lines(spec, paths)
+        if self._is_for_hyperv(spec):
+            return (
+                f"copy the folder {folder.path} to a Hyper-V host, and run in it, as an administrator: "
+                f"powershell.exe -ExecutionPolicy Bypass -File {starting.NAME} -Switch NAME"
+            )
         return (
             f"make a machine with {firmware} firmware, {spec.machine.cpus} processors and "
             f"{spec.machine.memory_bytes >> 20} MiB of memory, and give it {', '.join(map(str, paths))}"
         )
 
+    def _is_for_hyperv(self, spec: MachineSpec) -> bool:
+        return self._format.startswith("vhd" if spec.machine.generation == 1 else "vhdx")
+
     def _path(self, folder: MachineFolder, disk: DiskSpec) -> Path:
         return folder.path / f"disk-{disk.number}{SUFFIXES[self._format]}"
-
-
-def _hyperv_lines(spec: MachineSpec, paths: list[Path]) -> str:
-    """Return the lines of PowerShell that make the machine on a Hyper-V host, from files copied to it."""
-    quoted = [f"'{str(path).replace(chr(39), chr(39) * 2)}'" for path in paths]
-    name = "'" + spec.vm_name.replace("'", "''") + "'"
-    memory = spec.machine.memory_bytes >> 20
-    disk = f" -VHDPath {quoted[0]}" if quoted else " -NoVHD"
-    lines = [
-        f"New-VM -Name {name} -Generation {spec.machine.generation} -MemoryStartupBytes {memory}MB{disk}",
-        f"Set-VMProcessor -VMName {name} -Count {spec.machine.cpus}",
-    ]
-    if spec.machine.generation == 2 and not spec.machine.secure_boot:
-        lines.append(f"Set-VMFirmware -VMName {name} -EnableSecureBoot Off")
-    lines += [f"Add-VMHardDiskDrive -VMName {name} -Path {path}" for path in quoted[1:]]
-    macs = [(number, nic.mac.replace(":", "")) for number, nic in enumerate(spec.machine.nics) if nic.mac]
-    if macs:
-        lines.append(f"Set-VMNetworkAdapter -VMName {name} -StaticMacAddress {macs[0][1]}")
-    return "; ".join([*lines, f"Start-VM -Name {name}"])
-
-
-@contextmanager
-def _opened(disk: DiskSpec) -> Iterator[Disk]:
-    """Open what the disk is to be made from. Raises PlatformError, DiskError."""
-    if disk.url is None:
-        if disk.path is None:
-            raise PlatformError(f"disk {disk.number} is given neither as an address nor as a file")
-        with Image(disk.path, disk.format).opened() as image:
-            yield image
-        return
-    address, export = nbd_address(disk.url)
-    try:
-        with NbdDisk(address, export) as served:
-            served.sector_size = disk.sector_size
-            yield served
-    except NbdError as error:
-        raise PlatformError(f"disk {disk.number} cannot be read: {error}", path=disk.url, hint=error.hint) from error

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from replica.model import Machine
 
@@ -76,6 +76,14 @@ class GuestChannel(Protocol):
 
     def read_file(self, path: str, *, timeout_seconds: float, largest_bytes: int = 64 << 20) -> bytes:
         """Read a file of the guest. Raises PlatformError."""
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A platform that can be asked beforehand whether a machine could be made there now."""
+
+    def check(self) -> None:
+        """Return if one could. Raises PlatformError."""
 
 
 class Platform(Protocol):
