@@ -28,6 +28,7 @@ COMMANDS: dict[str, LazyCommand] = {
     "replicate": LazyCommand("cli.replication:replicate", "Make a recovery point of a VM as it is now."),
     "run": LazyCommand("cli.run:run", "Be the agent: replicate this host's VMs at their intervals."),
     "points": LazyCommand("cli.replication:points", "List the recovery points of a VM."),
+    "checkpoints": LazyCommand("cli.checkpoints:checkpoints", "Show the chains of a VM's disks, and merge them."),
     "health": LazyCommand("cli.health:health", "Show how well the VMs are protected, and why not."),
     "restore": LazyCommand("cli.recovery:restore", "Restore disks of a VM into new files."),
     "serve": LazyCommand("cli.serving:serve", "Serve the disks of a recovery point by NBD."),

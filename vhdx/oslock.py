@@ -83,13 +83,24 @@ def _lock_against_qemu(descriptor: int) -> bool:
     return True
 
 
+def is_used_by_qemu(descriptor: int) -> bool:
+    """Whether another program says of the open file, as QEMU does, that it reads or writes it. Nothing is locked."""
+    if sys.platform == "linux" and sys.maxsize > 1 << 32:
+        try:
+            return any(_is_marked(descriptor, first, length=100) for first in (QEMU_USES, QEMU_FORBIDS))
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+    return False
+
+
 if sys.platform == "linux":
 
     def _mark(descriptor: int, byte: int) -> None:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
 
-    def _is_marked(descriptor: int, byte: int) -> bool:
-        """Whether another open file has a lock on the byte: whether it could not be locked for this one alone."""
-        wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    def _is_marked(descriptor: int, byte: int, length: int = 1) -> bool:
+        """Whether another open file has a lock on any of the bytes: whether they could not be locked for this alone."""
+        wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, length, 0)
         found = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, wanted)
         return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)

@@ -47,7 +47,7 @@ def find_children(path: Path | str, *, folders: Sequence[Path | str] = (), files
     image = VhdxImage.open(path, files=files)
     image.close()
     children: list[Child] = []
-    for candidate in _disks_in([path.absolute().parent, *map(Path, folders)]):
+    for candidate in disks_in([path.absolute().parent, *map(Path, folders)]):
         if _same_file(candidate, path) or any(_same_file(candidate, child.path) for child in children):
             continue
         try:
@@ -61,7 +61,8 @@ def find_children(path: Path | str, *, folders: Sequence[Path | str] = (), files
     return children
 
 
-def _disks_in(folders: Sequence[Path]) -> Iterator[Path]:
+def disks_in(folders: Sequence[Path]) -> Iterator[Path]:
+    """Yield the files of folders whose names say that they are VHDX, what would block or act left out."""
     for folder in dict.fromkeys(folder.absolute() for folder in folders):
         with translated(folder, "list the folder"):
             names = sorted(folder.iterdir()) if folder.is_dir() else []
