@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -12,7 +13,6 @@ from replica.model import Point, RecoveryMachine
 from replica.platforms import servant
 from replica.platforms.folder import MachineFolder
 from replica.platforms.platform import DiskSpec, Platform
-from replica.platforms.qemu.files import QemuFiles
 from replica.platforms.servant import ServantSpec
 
 
@@ -22,6 +22,14 @@ class KeepsFolders(Protocol):
 
     def folder(self, name: str) -> MachineFolder:
         """Return the machine's folder."""
+
+
+@runtime_checkable
+class KeepsOverlays(Protocol):
+    """A platform whose machines have disks of their own over those of their points, in their folders."""
+
+    def overlays(self, numbers: Sequence[int]) -> tuple[str, ...]:
+        """Return the names of the machine's own disks of these numbers: once they are whole, nothing is served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +52,8 @@ class ServantProvider:
         if not isinstance(platform, KeepsFolders):
             raise PlatformError(f"machines of {machine.platform} cannot be started from a store yet")
         folder = platform.folder(machine.name)
-        overlays: tuple[str, ...] = ()
-        if machine.platform == "qemu":
-            overlays = tuple(QemuFiles(folder).disk(one.number).name for one in point.disks)
+        numbers = [one.number for one in point.disks]
+        overlays = platform.overlays(numbers) if isinstance(platform, KeepsOverlays) else ()
         spec = ServantSpec(
             store=self.store,
             tenant=self.tenant,

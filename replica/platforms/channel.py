@@ -6,8 +6,8 @@ import base64
 import binascii
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, Final
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, Final, Protocol
 
 from replica.agent import Agent
 from replica.errors import PlatformError
@@ -18,11 +18,42 @@ POLL_SECONDS: Final = 0.05
 SLOWEST_POLL_SECONDS: Final = 1.0
 
 
-class AgentChannel:
-    """A ``GuestChannel`` over the socket at ``path``. One command uses it at a time; connected to for each call."""
+class Answering(Protocol):
+    """An agent that is connected to."""
 
-    def __init__(self, path: str) -> None:
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """Run a command. ``_`` in argument names stands for ``-``. Raises MonitorError, MonitorGoneError."""
+
+    def send(self, command: str, **arguments: Any) -> None:
+        """Send a command that may have no answer. Raises MonitorError."""
+
+
+class Connect(Protocol):
+    """How an agent is connected to."""
+
+    def __call__(self, path: str, *, timeout_seconds: float) -> AbstractContextManager[Answering]:
+        """Connect to what ``path`` names. Raises MonitorGoneError."""
+
+
+class AgentChannel:
+    """A ``GuestChannel`` over the socket at ``path``. One command uses it at a time; connected to for each call.
+
+    ``connect`` is how it is connected to, where that is by other means; ``piece_bytes`` what these take of a file at
+    once; and ``poll_seconds`` how long a guest that is silent is left alone.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        connect: Connect = Agent,
+        *,
+        piece_bytes: int = PIECE_BYTES,
+        poll_seconds: float = POLL_SECONDS,
+    ) -> None:
         self.path = path
+        self._connect = connect
+        self._piece = piece_bytes
+        self._poll = poll_seconds
 
     def ping(self, *, timeout_seconds: float) -> bool:
         """Whether the guest answers within that time."""
@@ -30,13 +61,13 @@ class AgentChannel:
         while True:
             left = deadline - time.monotonic()
             try:
-                with Agent(self.path, timeout_seconds=max(0.01, left)) as agent:
+                with self._connect(self.path, timeout_seconds=max(0.01, left)) as agent:
                     agent.execute("guest-ping")
                     return True
             except MonitorError:
-                if deadline - time.monotonic() <= POLL_SECONDS:
+                if deadline - time.monotonic() <= self._poll:
                     return False
-                time.sleep(POLL_SECONDS)  # the socket may not be there yet, or the last client be hanging up
+                time.sleep(self._poll)  # the socket may not be there yet, or the last client be hanging up
 
     def execute(self, command: Sequence[str], *, timeout_seconds: float) -> tuple[int, bytes, bytes]:
         """Run a program in the guest; return its status, output and error output. Raises PlatformError."""
@@ -64,7 +95,7 @@ class AgentChannel:
         with self._agent(timeout_seconds) as agent, _opened(agent, path, "wb") as handle:
             view = memoryview(content)
             while view:
-                text = base64.b64encode(view[:PIECE_BYTES]).decode()
+                text = base64.b64encode(view[: self._piece]).decode()
                 written = _field(agent.execute("guest-file-write", handle=handle, buf_b64=text), "count", int)
                 if not 0 < written <= len(view):
                     raise PlatformError(f"{path}: the guest wrote {written} bytes", hint="is its disk full?")
@@ -88,7 +119,7 @@ class AgentChannel:
     def shut_down(self, *, timeout_seconds: float) -> bool:
         """Ask the guest to shut down; False where it does not hear."""
         try:
-            with Agent(self.path, timeout_seconds=timeout_seconds) as agent:
+            with self._connect(self.path, timeout_seconds=timeout_seconds) as agent:
                 agent.execute("guest-ping")
                 agent.send("guest-shutdown")  # without an answer where it is obeyed
                 return True
@@ -96,9 +127,9 @@ class AgentChannel:
             return False
 
     @contextmanager
-    def _agent(self, timeout_seconds: float) -> Iterator[Agent]:
+    def _agent(self, timeout_seconds: float) -> Iterator[Answering]:
         try:
-            with Agent(self.path, timeout_seconds=timeout_seconds) as agent:
+            with self._connect(self.path, timeout_seconds=timeout_seconds) as agent:
                 yield agent
         except MonitorGoneError as error:
             raise PlatformError(
@@ -111,7 +142,7 @@ class AgentChannel:
 
 
 @contextmanager
-def _opened(agent: Agent, path: str, mode: str) -> Iterator[int]:
+def _opened(agent: Answering, path: str, mode: str) -> Iterator[int]:
     handle = agent.execute("guest-file-open", path=path, mode=mode)
     if not isinstance(handle, int):
         raise PlatformError("the guest agent answers in an unknown way", path=path)

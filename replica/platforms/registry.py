@@ -21,6 +21,13 @@ def _qemu(host: Host, table: Table, environment: Mapping[str, str] | None) -> Pl
     return QemuPlatform(host, environment=environment)
 
 
+def _libvirt(host: Host, table: Table, environment: Mapping[str, str] | None) -> Platform:
+    from replica.platforms.libvirt import LibvirtPlatform  # noqa: PLC0415 - only its machines need it
+    from replica.platforms.libvirt.settings import LibvirtSettings  # noqa: PLC0415
+
+    return LibvirtPlatform(host, settings=LibvirtSettings.read(table), environment=environment)
+
+
 def _files(host: Host, table: Table, environment: Mapping[str, str] | None) -> Platform:
     from replica.platforms.files import FilesPlatform  # noqa: PLC0415 - only its machines need it
 
@@ -28,7 +35,13 @@ def _files(host: Host, table: Table, environment: Mapping[str, str] | None) -> P
     return FilesPlatform(host, environment=environment)
 
 
-_OPENERS: Final[dict[str, Opener]] = {"qemu": _qemu, "files": _files}
+def _hyperv(host: Host, table: Table, environment: Mapping[str, str] | None) -> Platform:
+    from replica.platforms.hyperv import HypervPlatform, settings  # noqa: PLC0415 - only its machines need it
+
+    return HypervPlatform(host, settings.read(table, environment), environment=environment)
+
+
+_OPENERS: Final[dict[str, Opener]] = {"qemu": _qemu, "libvirt": _libvirt, "files": _files, "hyperv": _hyperv}
 NAMES: Final = tuple(_OPENERS)
 
 

@@ -97,6 +97,15 @@ def bios_uuid(name: str) -> uuid.UUID:
     return uuid.uuid5(_MACHINES, name)
 
 
+def mac_of(spec: MachineSpec, number: int) -> str:
+    """Return the address of an adapter: the one that it is to have, else one of its own, the same at every start."""
+    given = spec.machine.nics[number].mac
+    if given:
+        return given
+    made = uuid.uuid5(bios_uuid(spec.name), f"adapter {number}").bytes
+    return ":".join(f"{one:02x}" for one in (0x52, 0x54, 0x00, *made[:3]))
+
+
 def firmware() -> tuple[Path, Path]:
     """Return the files of a UEFI machine: code, and variables that nothing has used. Raises PlatformError."""
     for code, variables in FIRMWARE:
@@ -138,11 +147,10 @@ def _adapters(spec: MachineSpec) -> list[str]:
     paravirtual = spec.system == "linux" or any(disk.bus == "virtio" for disk in spec.disks)
     model = "virtio-net-pci" if paravirtual else "e1000e" if spec.machine.generation == 2 else "e1000"
     arguments = ["-nic", "none"] if not spec.machine.nics else []
-    for number, nic in enumerate(spec.machine.nics):
-        address = f",mac={nic.mac}" if nic.mac else ""
+    for number in range(len(spec.machine.nics)):
         restricted = ",restrict=on" if spec.isolated else ""
         arguments += ["-netdev", f"user,id=net{number}{restricted}"]
-        arguments += ["-device", f"{model},netdev=net{number}{address}"]
+        arguments += ["-device", f"{model},netdev=net{number},mac={mac_of(spec, number)}"]
     return arguments
 
 

@@ -25,7 +25,7 @@ from replica.platforms.channel import AgentChannel
 from replica.platforms.folder import MachineFolder, MachineFolders
 from replica.platforms.platform import DiskState, MachineSpec, PlatformName, Power
 from replica.platforms.qemu import hydration
-from replica.platforms.qemu.command import bios_uuid, command_line, firmware, node_name
+from replica.platforms.qemu.command import bios_uuid, command_line, firmware, mac_of, node_name
 from replica.platforms.qemu.files import QemuFiles
 from replica.platforms.qemu.screen import LARGEST_PICTURE_BYTES, png_of
 from replica.platforms.sockets import make_place
@@ -74,6 +74,10 @@ class QemuPlatform:
     def folder(self, name: str) -> MachineFolder:
         """Return the machine's folder, defined or not: the server of its disks (``servant``) is at home there too."""
         return self._folders.of(name)
+
+    def overlays(self, numbers: Sequence[int]) -> tuple[str, ...]:
+        """Return the names, in a machine's folder, of its own disks of these numbers."""
+        return tuple(map(overlay.disk_name, numbers))
 
     def names(self) -> list[str]:
         """Return the names of all machines that are defined."""
@@ -267,7 +271,7 @@ class QemuPlatform:
     def identity(self, name: str) -> Identity:
         """Return by what the machine is known. Raises PlatformError."""
         spec = self.folder(name).read()
-        macs = () if spec.isolated else tuple(nic.mac for nic in spec.machine.nics if nic.mac)
+        macs = () if spec.isolated else tuple(mac_of(spec, number) for number in range(len(spec.machine.nics)))
         return Identity("qemu", name, str(bios_uuid(name)), macs)
 
     def delete(self, name: str) -> None:
