@@ -14,6 +14,7 @@ from replica import catalog, cycle, history
 from replica.errors import GodwitError
 from replica.model import Point
 from replica.stores.store import Store
+from replica.tracking import ABOVE
 from vhdx.errors import DiskError
 
 
@@ -76,9 +77,18 @@ def _watch(output: Output, session: Session, name: str | None, rescan: bool) -> 
 def _replicate(output: Output, store: Store, session: Session, name: str, rescan: bool) -> Point:
     found = session.vm(store, name)
     with output.progress(name) as progress:
-        return cycle.replicate(
+        point = cycle.replicate(
             store, session.host, found, workers=session.configuration.workers, progress=progress, rescan=rescan
         )
+    for disk in point.disks:
+        newer = disk.source.get(ABOVE)
+        if newer is not None:
+            output.note(
+                f"{name}, disk {disk.number}: other disks stand on the file that was read, "
+                f"which is then an earlier state: {newer.replace(chr(10), ', ')}"
+            )
+            output.note(f"  if the VM runs on one of them: godwit protect {name} --update --disk PATH, for every disk")
+    return point
 
 
 def _render_cycle(output: Output, point: Point) -> None:
@@ -121,6 +131,7 @@ def point_document(point: Point) -> dict[str, Any]:
         "stored_bytes": done.stored_bytes,
         "segments": done.segments,
         "maps": len(point.maps),
+        "convertibility": point.convertibility.document() if point.convertibility else None,
         "seconds": done.seconds,
     }
 

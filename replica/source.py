@@ -17,7 +17,7 @@ from replica.errors import SourceError
 from replica.failback.departure import Departure
 from replica.host import Randomness
 from replica.model import Consistency, DiskRecord, SourceDisk
-from replica.tracking import Found, changes_since, identity
+from replica.tracking import Found, above, changes_since, identity
 from vhdx.disk import Disk
 from vhdx.errors import DiskError
 from vhdx.formats import chain_of, open_disk
@@ -156,7 +156,7 @@ class FilesSource:
                 if not 0 < disk.size <= LARGEST_DISK_BYTES:
                     raise SourceError(f"a disk of {disk.size} bytes cannot be protected", path=source.path)
                 found = changes_since(disk, wanted.before.get(source.number))
-                disks.append(OpenSource(source, disk, found, identity(disk)))
+                disks.append(OpenSource(source, disk, found, identity(disk) | above(disk)))
             before = [_fingerprints(one.disk) for one in disks]
             yield Instant(tuple(disks), Consistency.OFFLINE)
             for one, was in zip(disks, before, strict=True):

@@ -9,6 +9,8 @@ from typing import Final
 
 from replica.model import DiskRecord
 from vhdx.disk import Disk, Extents
+from vhdx.errors import DiskError
+from vhdx.family import read_family
 from vhdx.formats import chain_of
 from vhdx.osfile import translated
 from vhdx.vhdx import VhdxDisk
@@ -16,6 +18,8 @@ from vhdx.vhdx import VhdxDisk
 SCAN: Final = "scan"
 CHAIN: Final = "chain"
 FILES: Final = "files"
+ABOVE: Final = "above"
+MOST_ABOVE: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,21 @@ def identity(disk: Disk) -> dict[str, str]:
             status = link.path.stat()
         states.append(f"{link.image.data_write_guid}/{status.st_size}/{status.st_mtime_ns}")
     return {**about, "virtual_disk_id": str(disk.image.metadata.disk_id), "state": " ".join(states)}
+
+
+def above(disk: Disk) -> dict[str, str]:
+    """Return under ``above``, a line each, the newest disks of its folder that stand on the file; nothing without any.
+
+    A machine that runs on one of those writes nothing to this file: what is read of it is an earlier state. It may be
+    what was wanted, as where a checkpoint is replicated while the machine runs on above it.
+    """
+    if not isinstance(disk, VhdxDisk):
+        return {}
+    try:
+        found = read_family([disk.path.absolute().parent], paths=[disk.path]).above(disk.path)
+    except DiskError:  # a folder that cannot be listed
+        return {}
+    return {ABOVE: "\n".join(str(path.absolute()) for path in found[:MOST_ABOVE])} if found else {}
 
 
 def changes_since(disk: Disk, before: DiskRecord | None) -> Found:

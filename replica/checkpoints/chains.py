@@ -14,10 +14,9 @@ from replica.history import newest
 from replica.model import DiskRecord, SourceDisk
 from replica.source import HYPERV, is_live
 from replica.stores.store import Store
-from replica.tracking import FILES, identity
+from replica.tracking import ABOVE, FILES, above, identity
 from vhdx.chain import open_vhdx
 from vhdx.errors import DiskError
-from vhdx.family import read_family
 from vhdx.formats import chain_of, detect_format, open_disk
 from vhdx.survey import Chain, survey_chain, survey_folder
 
@@ -87,8 +86,8 @@ def files_of_vm(store: Store, found: ProtectedVm) -> tuple[Path, ...]:
     return tuple(files)
 
 
-def newer_files(sources: Sequence[SourceDisk]) -> dict[str, tuple[Path, ...]]:
-    """Return, for each disk file that other disks stand on, the newest of them, by the disk's path.
+def newer_files(sources: Sequence[SourceDisk]) -> dict[str, tuple[str, ...]]:
+    """Return, for each disk file that other disks stand on, the newest of those, by the disk's path.
 
     A machine that runs on one of those writes nothing to the file that is protected.
     """
@@ -96,15 +95,13 @@ def newer_files(sources: Sequence[SourceDisk]) -> dict[str, tuple[Path, ...]]:
     for source in sources:
         if is_live(source.path):
             continue
-        path = Path(source.path)
         try:
-            if detect_format(path) != "vhdx":
-                continue
-            above = read_family([path.parent], paths=[path]).above(path)
+            with open_disk(source.path) as disk:
+                newer = above(disk).get(ABOVE)
         except DiskError:
             continue
-        if above:
-            found[source.path] = above
+        if newer is not None:
+            found[source.path] = tuple(newer.split("\n"))
     return found
 
 
