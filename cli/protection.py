@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import click
 
+from cli import convertibility
 from cli.output import Output, output_options
 from cli.session import Duration, Session, duration_text, store_options
 from cli.sizes import SIZE, human_size
-from conversion.finding import Severity
 from replica import catalog, manifest
 from replica import protection as protect_disks
 from replica.catalog import ProtectedVm
@@ -176,17 +176,16 @@ def protect(
             vault=session.vault if encrypt else None,
         )
 
-    verdict = protect_disks.verdict_on(settings.sources)
+    verdict = protect_disks.verdict_on(settings, session.host)
 
     def render() -> None:
         output.line(f"{name} is protected: a recovery point is wanted every {duration_text(settings.interval_seconds)}")
         _render_machine(output, settings.machine)
         for one in settings.sources:
             output.line(f"  disk {one.number}: {one.path}")
-        for finding in verdict.findings if verdict is not None else ():
-            if finding.severity is Severity.REFUSAL:
-                said = f"{finding.message} [{finding.rule}: {finding.subject}]"
-                output.note(f"could not be recovered as Generation 1: {said}")
+        for finding in verdict.refusals if verdict is not None else ():
+            said = f"{finding.message} [{finding.rule}: {finding.subject}]"
+            output.note(f"could not be recovered as Generation 1: {said}")
         if origin.left_out:
             output.note(f"left out, as they cannot be protected: {', '.join(origin.left_out)}")
         output.note(f"next: godwit replicate {name} --store {store.url}")
@@ -355,6 +354,7 @@ def _status_of(store: Store, session: Session, name: str) -> dict[str, Any]:
         "newest_at": point.created_at if point else None,
         "rpo_seconds": _age(session, point),
         "size_bytes": point.size if point else None,
+        "convertibility": point.convertibility.document() if point and point.convertibility else None,
         **description.document(name, settings),
     }
 
@@ -406,6 +406,7 @@ def _render_status(output: Output, row: dict[str, Any]) -> None:
                 f"Generation {machine['generation']}, {_cpus(machine['cpus'])}, {human_size(machine['memory_bytes'])}",
             ),
             ("disks", [f"{disk['number']}: {disk['path']}" for disk in row["disks"]]),
+            ("conversion", None if row["newest_point"] is None else convertibility.lines(row["convertibility"])),
             *description.lines(row),
         ]
     )

@@ -78,7 +78,7 @@ def store_options(function: Function) -> Function:
         loaded = configuration.load(environment=os.environ, file=config, store=store, tenant=tenant)
         typed: dict[str, str] = {}
         vault = Vault(lambda: given_secret(loaded, typed), require=loaded.require_encryption)
-        session = Session(loaded, this_host(loaded.state_folder), vault, typed)
+        session = Session(loaded, this_host(loaded.state_folder, inspects=loaded.convertibility), vault, typed)
         return function(*args, session=session, **kwargs)
 
     wrapped.__name__ = function.__name__

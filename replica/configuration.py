@@ -29,6 +29,7 @@ SETTINGS: Final = (
     "key_file",
     "key_command",
     "require_encryption",
+    "convertibility",
     "agent",
     "drill",
     "platforms",
@@ -47,6 +48,7 @@ class Configuration:
     key_file: Path | None = None
     key_command: str | tuple[str, ...] | None = None
     require_encryption: bool = False
+    convertibility: bool = True  # cycles inspect boot disks for whether they convert
     agent: AgentTerms | None = None  # None where the file says nothing of it
     drill: DrillTerms | None = None  # the same
     platforms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # a table each, read by the platform
@@ -81,6 +83,7 @@ def load(
         key_file=known.take("key_file", _path, None),
         key_command=known.take("key_command", _command, None),
         require_encryption=known.take("require_encryption", _truth, False),
+        convertibility=known.take("convertibility", _truth, True),
         agent=_agent(values["agent"], mistakes) if "agent" in values else None,
         drill=_drill(values["drill"], mistakes) if "drill" in values else None,
         platforms=known.take("platforms", _platforms, {}),

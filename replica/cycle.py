@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 
 from replica import catalog, history, holds, lease
 from replica.block import Digest
 from replica.blockmap import BlockMap
 from replica.catalog import ProtectedVm
+from replica.errors import GodwitError
 from replica.failback.departure import Departure, departure
 from replica.failover import conversions, transitions
 from replica.failover.transitions import Command
+from replica.generation.convertibility import Convertibility
+from replica.generation.freshness import Freshness
 from replica.host import Host
 from replica.keys import VmKeys
 from replica.lease import Lease
@@ -156,7 +159,9 @@ class _Cycle:
                 _Tracked(one, wanted.before.get(one.source.number), self._scan(rescan) or one.found)
                 for one in instant.disks
             ]
-            records = self._compare_all(tracked, BlockMap(before, map_store.fetch), packer)
+            freshness = self._freshness(tracked)
+            records = self._compare_all(tracked, BlockMap(before, map_store.fetch), packer, freshness)
+            convertibility = self._convertibility(freshness, tracked)
             packer.finish()
             refs = maps.finish()
         point = Point(
@@ -180,9 +185,11 @@ class _Cycle:
                 segments=packer.segments,
                 seconds=self._host.clock.monotonic() - started,
             ),
+            convertibility=convertibility,
         )
         history.publish(self._store, self._found.keys, point)
         self._held.settle(self._number)
+        self._tell_of_convertibility(point)
         if self._settings.seed is not None and self._previous is None:
             seed = self._settings.seed
             holds.release(self._store, VmKeys(self._found.keys.tenant, seed.vm_id), seed.point, self._found.keys)
@@ -229,7 +236,35 @@ class _Cycle:
             [(one.disk, conversions.read(self._store, self._found, one)) for one in reverse.conversions],
         )
 
-    def _compare_all(self, disks: list[_Tracked], known: BlockMap, packer: Packer) -> tuple[DiskRecord, ...]:
+    def _freshness(self, disks: list[_Tracked]) -> Freshness | None:
+        if not self._host.inspects:
+            return None
+        before = self._previous.convertibility if self._previous is not None else None
+        opened = [(one.source.source.number, one.source.disk.size) for one in disks]
+        return Freshness(before, generation=self._settings.machine.generation, disks=opened)
+
+    def _convertibility(self, freshness: Freshness | None, disks: list[_Tracked]) -> Convertibility | None:
+        """Return the verdict on what this point holds: the disks are read as of its instant, while uploads go on."""
+        if freshness is None:
+            return None
+        opened = [(one.source.source.number, one.source.disk) for one in disks]
+        clock = self._host.clock
+        return freshness.verdict(opened, now=clock.now(), monotonic=clock.monotonic)
+
+    def _tell_of_convertibility(self, point: Point) -> None:
+        """Record that the verdict became another. The point exists: what comes after can fail it no more."""
+        before = self._previous.convertibility if self._previous is not None else None
+        now = point.convertibility
+        if before is None or now is None or before.verdict is now.verdict:
+            return
+        from replica.health import journal  # noqa: PLC0415 - as good as no cycle has such news
+
+        with suppress(GodwitError):
+            journal.record_event(self._store, self._host, self._found.keys, journal.judgement(point, before, now))
+
+    def _compare_all(
+        self, disks: list[_Tracked], known: BlockMap, packer: Packer, freshness: Freshness | None
+    ) -> tuple[DiskRecord, ...]:
         comparer = Comparer(
             hash_seed=self._found.vm.hash_seed,
             compression_level=self._settings.compression_level,
@@ -238,7 +273,7 @@ class _Cycle:
         )
         total = sum(one.bytes_to_read() for one in disks) if self._progress is not silent else 0
         with ThreadPoolExecutor(self._workers.threads, "compare") as pool:
-            return tuple(self._compare(one, known, comparer, packer, pool, total) for one in disks)
+            return tuple(self._compare(one, known, comparer, packer, pool, total, freshness) for one in disks)
 
     def _seed_point(self) -> SeedPoint | None:
         seed = None if self._previous or self._distrust else self._settings.seed
@@ -257,6 +292,7 @@ class _Cycle:
         packer: Packer,
         pool: ThreadPoolExecutor,
         total_bytes: int,
+        freshness: Freshness | None,
     ) -> DiskRecord:
         one, before = tracked.source, tracked.before
         number = one.source.number
@@ -272,6 +308,9 @@ class _Cycle:
         with closing(results):
             for changes in results:
                 packer.add(number, changes)
+                if freshness is not None:
+                    for keys in changes.differing():
+                        freshness.note(keys)
                 digest.combine(changes.added, changes.removed)
                 blocks += changes.added_blocks - changes.removed_blocks
                 self._count(changes)

@@ -82,13 +82,17 @@ def default_state_folder() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """This machine. Without a ``state_folder`` nothing is kept: no cache, no quick take-over after a crash."""
+    """This machine. Without a ``state_folder`` nothing is kept: no cache, no quick take-over after a crash.
+
+    ``inspects``: its cycles keep fresh whether each VM can be started as Generation 1 (docs/conversion.md).
+    """
 
     clock: Clock
     randomness: Randomness
     host_id: str
     host_name: str
     state_folder: Path | None
+    inspects: bool = True
 
     @contextlib.contextmanager
     def exclusive(self, vm_id: str) -> Iterator[bool]:
@@ -122,7 +126,7 @@ class Host:
             return None  # the state folder is a convenience: without it the lease alone protects
 
 
-def this_host(state_folder: Path | None = None) -> Host:
+def this_host(state_folder: Path | None = None, *, inspects: bool = True) -> Host:
     """Return this machine, with its identity from the state folder (made if there is none)."""
     folder = state_folder or default_state_folder()
     randomness = SystemRandomness()
@@ -136,8 +140,8 @@ def this_host(state_folder: Path | None = None) -> Host:
             temporary.replace(path)
         host_id = path.read_bytes().strip().decode("ascii", "replace")
     except OSError:
-        return Host(SystemClock(), randomness, host_id, _host_name(), None)
-    return Host(SystemClock(), randomness, host_id, _host_name(), folder)
+        return Host(SystemClock(), randomness, host_id, _host_name(), None, inspects)
+    return Host(SystemClock(), randomness, host_id, _host_name(), folder, inspects)
 
 
 def _host_name() -> str:

@@ -8,6 +8,8 @@ from typing import Any
 from replica import record
 from replica.block import LARGEST_DISK_BYTES, LARGEST_DISK_NUMBER, Digest, block_count
 from replica.errors import IntegrityError
+from replica.generation import convertibility
+from replica.generation.convertibility import Convertibility
 from replica.keys import LARGEST_EPOCH, LARGEST_ORDINAL, PartId
 from replica.model import (
     Consistency,
@@ -63,6 +65,7 @@ def encode(manifest: Point | Fence) -> bytes:
                 "seconds": round(manifest.cycle.seconds, 3),
             },
             **({"repeats": manifest.repeats} if manifest.repeats else {}),
+            **({"convertibility": convertibility.encode(manifest.convertibility)} if manifest.convertibility else {}),
         },
     )
 
@@ -95,6 +98,7 @@ def decode(data: bytes, *, key: str, vm_id: str, point: int) -> Point | Fence:
         maps=tuple(_decode_map(one, key) for one in body.list_of_fields("maps")),
         cycle=_decode_cycle(body.fields("cycle")),
         repeats=body.integer("repeats", most=number - 1) if "repeats" in body.values else 0,
+        convertibility=_decode_convertibility(body),
     )
 
 
@@ -119,6 +123,13 @@ def decode_machine(body: Fields) -> Machine:
         nics=tuple(Nic(nic.optional_text("mac"), nic.optional_text("network")) for nic in body.list_of_fields("nics")),
         secure_boot=body.truth("secure_boot"),
     )
+
+
+def _decode_convertibility(body: Fields) -> Convertibility | None:
+    """Return the verdict; None where there is none, or none that is understood: that costs the point nothing."""
+    if not isinstance(body.values.get("convertibility"), dict):
+        return None
+    return convertibility.decode(body.fields("convertibility"))
 
 
 def _consistency(body: Fields) -> Consistency:

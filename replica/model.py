@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Literal
 
 from replica.block import Digest
+from replica.generation.convertibility import Convertibility
 from replica.keys import PartId
 
 
@@ -275,6 +276,7 @@ class Point:
     disks: tuple[DiskRecord, ...]
     maps: tuple[MapRef, ...]
     cycle: CycleStatistics
+    convertibility: Convertibility | None = None  # None where nothing inspected the disks
     repeats: int = 0  # the point of a cycle whose content gc stored anew in this one; 0 for one that a cycle made
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
@@ -14,7 +15,7 @@ from replica.catalog import ProtectedVm
 from replica.errors import UsageError
 from replica.failover import transitions
 from replica.failover.transitions import Command
-from replica.generation.verdict import Verdict, verdict_of
+from replica.generation.convertibility import Convertibility
 from replica.history import newest
 from replica.host import Host
 from replica.keys import VmKeys
@@ -238,17 +239,24 @@ def look_at(sources: Iterable[SourceDisk], open_disk: OpenDisk) -> Literal[1, 2]
     return generations[0]
 
 
-def verdict_on(sources: Sequence[SourceDisk], open_disk: OpenDisk = open_for_reading) -> Verdict | None:
-    """Return whether the boot disk can start as Generation 1, too; None where that is no question, or no file.
+def verdict_on(settings: Settings, host: Host, open_disk: OpenDisk = open_for_reading) -> Convertibility | None:
+    """Return whether the machine can be started as Generation 1, too; None where its disks are no files here.
 
-    Disks of running machines are not looked at: to read their file systems takes reads that their guests wait for.
-    Raises DiskError.
+    Disks of running machines are not looked at, at no certain instant: the first cycle tells. Never raises.
     """
-    first = next(iter(sources), None)
-    if first is None or not Path(first.path).is_file():
+    sources = sorted(settings.sources, key=lambda one: one.number)
+    if not host.inspects or not all(_is_file(one.path) for one in sources):
         return None
-    with looked_at(first.path, open_disk) as disk:
-        return verdict_of(disk)
+    from replica.generation.verdict import judged  # noqa: PLC0415 - takes long to import, and most need it not
+
+    with ExitStack() as stack:
+        disks = ((one.number, stack.enter_context(looked_at(one.path, open_disk))) for one in sources)
+        generation, clock = settings.machine.generation, host.clock
+        return judged(disks, generation=generation, now=clock.now(), monotonic=clock.monotonic)
+
+
+def _is_file(path: str) -> bool:
+    return not is_live(path) and Path(path).is_file()
 
 
 def _check_size(disk: Disk) -> None:

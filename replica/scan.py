@@ -70,6 +70,14 @@ class Changes:
     removed_blocks: int = 0
     read_bytes: int = 0
 
+    def differing(self) -> Iterator[KeyArray]:
+        """Yield the keys of all blocks that differ from the newest point's."""
+        if self.frames is not None:
+            yield self.frames.keys
+        if self.found is not None:
+            yield self.found[0].keys
+        yield from self.zeros
+
 
 def plan(
     disk: Disk,

@@ -18,10 +18,11 @@ from replica.errors import (
     ObjectMissingError,
     UsageError,
 )
+from replica.generation.convertibility import Convertibility
 from replica.health.observation import Event, EventKind, PointSample
 from replica.host import Host
 from replica.keys import VmKeys, point_of
-from replica.model import Consistency
+from replica.model import Consistency, Point
 from replica.record import Fields
 from replica.stores.store import Store
 
@@ -119,6 +120,18 @@ def verification(report: Report, at: datetime) -> Event:
     if report.sample is not None:
         looked += f", and {report.sample.percent:.0f} % of what is stored"
     return Event(EventKind.VERIFY, at, result, points=(*lost, *unknown)[:LARGEST_EVENT_POINTS], detail=looked)
+
+
+def judgement(point: Point, before: Convertibility, now: Convertibility) -> Event:
+    """Return the event of a verdict on convertibility that ``point`` has, and the point before it had not."""
+    reasons = "; ".join(f"{one.rule}: {one.message}" for one in now.refusals) or now.because
+    return Event(
+        EventKind.CONVERTIBILITY,
+        now.judged_at,
+        now.verdict.replace(" ", ""),
+        points=(point.point,),
+        detail=f"it was {before.verdict}{f'; {reasons}' if reasons else ''}",
+    )
 
 
 # --- what is remembered of points that were removed

@@ -74,6 +74,7 @@ class EventKind(StrEnum):
     DRILL = "drill"
     VERIFY = "verify"
     HEALTH = "health"  # it changed
+    CONVERTIBILITY = "convertibility"  # whether its boot disk converts became another
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class Event:
 
     ``result`` is one word: of a drill ``passed`` (its cleanup did too) or ``failed``; of a verification ``whole``
     (every byte was read), ``partial`` (nothing was found in what was looked at) or ``damaged``; of a change of health
-    what it became. ``points`` are those concerned: the one that was started, those that were found damaged.
+    or of convertibility what it became. ``points`` are those concerned: the one that was started, those that were found damaged.
     """
 
     kind: EventKind

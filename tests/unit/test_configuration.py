@@ -156,6 +156,7 @@ def test_the_settings_that_are_offered_are_those_that_are_known() -> None:
         "key_file",
         "key_command",
         "require_encryption",
+        "convertibility",
         "agent",
         "drill",
         "platforms",
