@@ -13,7 +13,7 @@ from replica.failover import description, settling, transitions
 from replica.failover import failover as failing_over
 from replica.failover.failover import Failover, Order
 from replica.failover.means import Means
-from replica.failover.offer import OFFERS
+from replica.failover.offer import configured
 from replica.failover.providing import ServantProvider
 from replica.failover.transitions import Command
 from replica.model import FailoverKind, RecoveryMachine, Standing
@@ -33,6 +33,7 @@ def means_of(session: Session, store: Store, name: str) -> Means:
         session.vm(store, name),
         session.platform,
         provider,
+        configured(loaded.platforms),
         workers=loaded.workers,
         wait_seconds=WAIT_SECONDS,
     )
@@ -90,7 +91,7 @@ def failover(
     settings = catalog.settings_in_force(store, means.found)
     output.show(
         {"vm": name, **_failover_document(done), "status": description.document(name, settings)},
-        lambda: _render_failover(output, name, done),
+        lambda: _render_failover(output, means, done),
     )
 
 
@@ -146,11 +147,11 @@ def _failover_document(done: Failover) -> dict[str, Any]:
     }
 
 
-def _render_failover(output: Output, name: str, done: Failover) -> None:
-    machine = done.machine
+def _render_failover(output: Output, means: Means, done: Failover) -> None:
+    name, machine = means.name, done.machine
     for one in done.passed_over:
         output.note(f"point {one.point} was passed over: {one.because}")
-    starts = OFFERS[machine.platform].starts
+    starts = means.offer(machine.platform).starts
     verb = "runs" if starts else "lies ready"
     output.line(
         f"{name} {verb} from point {machine.point} on {machine.platform}, Generation {machine.generation}, "

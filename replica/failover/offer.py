@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, TypeAlias
 
 from replica.errors import UsageError
 
@@ -15,12 +15,14 @@ Generation: TypeAlias = Literal[1, 2]
 class Offer:
     """A platform: which ``generations`` its machines may be, and whether it starts them.
 
-    ``is_local``: its machines are of the host that made them, and no other host sees them.
+    ``is_local``: its machines are of the host that made them, and no other host sees them. ``returns``: they can be
+    replicated from, and so come home.
     """
 
     generations: tuple[Generation, ...] = (1, 2)
     starts: bool = True
     is_local: bool = True
+    returns: bool = True
 
     def generation(self, own: Generation, wanted: Generation | None) -> Generation:
         """Return what a machine starts as: what is ``wanted``, else its ``own`` if that can be. Raises UsageError."""
@@ -37,8 +39,14 @@ OFFERS: Final[Mapping[str, Offer]] = {
     "libvirt": Offer(),
     "files": Offer(starts=False),
     "hyperv": Offer(is_local=False),
-    "azure": Offer(generations=(1,), is_local=False),
+    "azure": Offer(starts=False, is_local=False, returns=False),
 }
+
+
+def configured(tables: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Offer]:
+    """Return the offers as the [platforms] tables have them: Azure starts machines where a resource group is named."""
+    starts = bool(tables.get("azure", {}).get("resource_group"))
+    return {**OFFERS, "azure": replace(OFFERS["azure"], starts=starts)}
 
 
 def offer(platform: str, offers: Mapping[str, Offer] = OFFERS) -> Offer:

@@ -54,6 +54,12 @@ def reprotect(means: Means) -> Settings:
 
 
 def _sources(means: Means, turn: Turn, machine: RecoveryMachine) -> tuple[SourceDisk, ...]:
+    if not means.offer(machine.platform).returns:
+        raise PlatformError(
+            f"this version does not replicate from machines of {machine.platform}, and {machine.name} is one",
+            hint="to bring it home, copy its disks out as VHD files, and protect those as a VM of another name with "
+            f"--seed-from {means.name}: what is in the store already is not sent again",
+        )
     platform = means.platform_of(machine)
     if means.offer(machine.platform).starts and platform.power(machine.name) is not Power.RUNNING:
         raise PlatformError(

@@ -86,6 +86,14 @@ class Checked(Protocol):
         """Return if one could. Raises PlatformError."""
 
 
+@runtime_checkable
+class Particular(Protocol):
+    """A platform that does not take every machine, and tells before anything is written, or shut down for it."""
+
+    def check_machine(self, spec: MachineSpec) -> None:
+        """Return if the machine, whose name and disks' addresses are not known yet, can be. Raises PlatformError."""
+
+
 class Platform(Protocol):
     """A place for recovery machines. Every call is safe to repeat, and names machines by ``MachineSpec.name``.
 

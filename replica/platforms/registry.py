@@ -41,7 +41,20 @@ def _hyperv(host: Host, table: Table, environment: Mapping[str, str] | None) -> 
     return HypervPlatform(host, settings.read(table, environment), environment=environment)
 
 
-_OPENERS: Final[dict[str, Opener]] = {"qemu": _qemu, "libvirt": _libvirt, "files": _files, "hyperv": _hyperv}
+def _azure(host: Host, table: Table, environment: Mapping[str, str] | None) -> Platform:
+    from replica.platforms.azure import settings  # noqa: PLC0415 - only its machines need it
+    from replica.platforms.azure.platform import AzurePlatform  # noqa: PLC0415
+
+    return AzurePlatform(host, settings.read(table), environment=environment)
+
+
+_OPENERS: Final[dict[str, Opener]] = {
+    "qemu": _qemu,
+    "libvirt": _libvirt,
+    "files": _files,
+    "hyperv": _hyperv,
+    "azure": _azure,
+}
 NAMES: Final = tuple(_OPENERS)
 
 

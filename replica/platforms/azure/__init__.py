@@ -1,0 +1,1 @@
+"""Recovery on Azure: disks as page blobs, and the template that makes a machine of them."""
