@@ -14,6 +14,7 @@ LONGEST_NAME_BYTES = 200
 LARGEST_POINT = 10**20 - 1
 LARGEST_EPOCH = 2**32 - 1
 LARGEST_ORDINAL = 10**6 - 1
+LARGEST_DIGEST = 9999
 
 # What points need, and what leads to them, as patterns of whole keys: written once, and locked where a store locks.
 LASTING = (
@@ -35,11 +36,17 @@ HOLDS = "tenants/*/vms/*/holds/*.json"
 CONDEMNED = "tenants/*/vms/*/condemned/*.json"
 EVENTS = "tenants/*/vms/*/events/*.json"
 HISTORIES = "tenants/*/vms/*/history/*.json"
+DIGESTS = "tenants/*/fleet/digests/*"
+CHANGES = "tenants/*/fleet/changes/*.json"
+REPLACED = (LEASES, DIGESTS)  # by compare-and-swap; all else is written once
+PLAN_RUNS = "tenants/*/plans/*.runs/*.json"
+PLAN_JOURNALS = "tenants/*/plans/*.journal/*.json"
 TENANTS = "tenants/"
 
 _TENANT = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _VM_ID = re.compile(r"[0-9a-f]{32}")
 _OF_VM = re.compile(r"tenants/([a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)/vms/([0-9a-f]{32})/.+")
+_DIGEST = re.compile(r"tenants/[^/]+/fleet/digests/([0-9a-f]{32})-(\d{4})")
 _PART = re.compile(r".*/(\d{20})/(\d{10})-(\d{6})")
 
 
@@ -76,6 +83,11 @@ def check_tenant(tenant: str) -> str:
     return tenant
 
 
+def is_tenant(text: str) -> bool:
+    """Whether it may be a tenant."""
+    return _TENANT.fullmatch(text) is not None
+
+
 def names_prefix(tenant: str) -> str:
     """Return the prefix of the tenant's VM names."""
     return f"tenants/{check_tenant(tenant)}/names/"
@@ -99,6 +111,61 @@ def tenant_keys(tenant: str) -> str:
 def tenant_key(tenant: str, number: int) -> str:
     """Return the key of the object that holds one version of the tenant's encryption key, wrapped."""
     return f"{tenant_keys(tenant)}{number:020}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanKeys:
+    """The keys of what the runs of one recovery plan leave. ``plan`` is written as a tenant is."""
+
+    tenant: str
+    plan: str
+
+    def __post_init__(self) -> None:
+        check_tenant(self.tenant)
+        if not _TENANT.fullmatch(self.plan):
+            raise UsageError(
+                f"{self.plan!r} cannot be a plan's name", hint="use 1 to 63 lower-case letters, digits, inner hyphens"
+            )
+
+    @property
+    def runs(self) -> str:
+        """The prefix of all runs."""
+        return f"tenants/{self.tenant}/plans/{self.plan}.runs/"
+
+    def run(self, number: int) -> str:
+        """How one run was begun."""
+        return f"{self.runs}{number:020}.json"
+
+    def journal(self, run: int) -> str:
+        """The prefix of all entries of a run's journal."""
+        return f"tenants/{self.tenant}/plans/{self.plan}.journal/{run:020}/"
+
+    def entry(self, run: int, number: int) -> str:
+        """One entry of a run's journal."""
+        return f"{self.journal(run)}{number:010}.json"
+
+
+def digests(tenant: str) -> str:
+    """Return the prefix of the tenant's digests."""
+    return f"tenants/{check_tenant(tenant)}/fleet/digests/"
+
+
+def digest(tenant: str, host_id: str, number: int) -> str:
+    """Return the key of one digest of a machine. Raises UsageError for what is no machine's id."""
+    if not _VM_ID.fullmatch(host_id) or not 0 <= number <= LARGEST_DIGEST:
+        raise UsageError(f"{host_id!r} is no id of a machine", hint="delete host-id in the state folder")
+    return f"{digests(tenant)}{host_id}-{number:04}"
+
+
+def digest_of(key: str) -> tuple[str, int] | None:
+    """Return the machine's id and the number in a digest's key, or None where the key is of another kind."""
+    match = _DIGEST.fullmatch(key)
+    return (match[1], int(match[2])) if match else None
+
+
+def changes(tenant: str) -> str:
+    """Return the prefix of the marks that VMs of the tenant were changed."""
+    return f"tenants/{check_tenant(tenant)}/fleet/changes/"
 
 
 @dataclass(frozen=True, slots=True)

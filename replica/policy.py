@@ -133,9 +133,9 @@ _BUCKET_WIDE: Final = (
 
 
 def _agent(made: _Statements, terms: Terms | None) -> None:
-    added = (*keys.ADDED_BY_AGENTS, keys.HOLDS, keys.EVENTS)
+    added = (*keys.ADDED_BY_AGENTS, keys.HOLDS, keys.EVENTS, keys.CHANGES, keys.PLAN_RUNS, keys.PLAN_JOURNALS)
     made.allow("Add", ("s3:PutObject", *(("s3:PutObjectRetention",) if terms else ())), added)
-    made.allow("Lease", ("s3:PutObject",), [keys.LEASES])
+    made.allow("Lease", ("s3:PutObject",), keys.REPLACED)
     made.deny("Keep", (*_DELETE, "s3:BypassGovernanceRetention"))
     made.deny_bucket("KeepBucket", _BUCKET_WIDE)
     if made.format == "s3":
@@ -155,7 +155,7 @@ def _hold_to_conditions(made: _Statements, added: Iterable[str]) -> None:
     made.deny(
         "SwapOnly",
         ("s3:PutObject",),
-        [keys.LEASES],
+        keys.REPLACED,
         {"Null": {"s3:if-none-match": "true", "s3:if-match": "true"}},
     )
 
@@ -171,6 +171,7 @@ def _retention(made: _Statements, terms: Terms | None) -> None:
         keys.HOLDS,
         keys.EVENTS,
         keys.HISTORIES,
+        keys.CHANGES,
     )
     deleted = (
         "tenants/*/vms/*/manifests/*.json",
@@ -179,6 +180,8 @@ def _retention(made: _Statements, terms: Terms | None) -> None:
         keys.PINS,
         keys.CONDEMNED,
         keys.HOLDS,
+        keys.DIGESTS,
+        keys.CHANGES,
     )
     made.allow("Write", ("s3:PutObject",), written)
     made.allow("Lease", ("s3:PutObject",), [keys.LEASES])

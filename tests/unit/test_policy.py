@@ -13,7 +13,7 @@ import pytest
 
 from replica import keys
 from replica.errors import ConfigurationError, UsageError
-from replica.keys import PartId, VmKeys
+from replica.keys import PartId, PlanKeys, VmKeys
 from replica.locking import Terms
 from replica.policy import Format, Role, policy
 from replica.stores.address import bucket_of
@@ -25,7 +25,11 @@ PART = PartId(3, 2, 1)
 HISTORY = (VM.manifest(7), VM.map_part(PART), VM.segment(PART))
 DESCRIPTION = (VM.vm, VM.settings(1), keys.name("acme", "web 1"), VM.conversion(7, 0))
 LASTING = (*HISTORY, *DESCRIPTION, keys.STORE, keys.tenant_key("acme", 1))
-PASSING = (VM.lease, VM.pin(7), VM.hold(7, "cd" * 16), VM.condemned_list(1))
+PLAN = PlanKeys("acme", "keys")  # a name that is a part of other keys
+PLANNED = (PLAN.run(3), PLAN.entry(3, 7))
+DIGEST = keys.digest("acme", "ef" * 16, 0)
+CHANGE = f"{keys.changes('acme')}{VM.vm_id}-s{1:020}.json"
+PASSING = (DIGEST, CHANGE, *PLANNED, VM.lease, VM.pin(7), VM.hold(7, "cd" * 16), VM.condemned_list(1))
 
 
 def everybody(format_: Format) -> list[tuple[Role, str]]:
@@ -75,9 +79,9 @@ def test_every_key_is_what_the_roles_may_do_with_it(format_: Format, terms: Term
             assert not allows(made, "recovery", action, key, condition=["s3:if-none-match"])
         for action in ("s3:DeleteObject", "s3:DeleteObjectVersion"):
             assert not allows(made, "agent", action, key)
-            deletable = (*HISTORY, VM.pin(7), VM.hold(7, "cd" * 16), VM.condemned_list(1))
+            deletable = (DIGEST, CHANGE, *HISTORY, VM.pin(7), VM.hold(7, "cd" * 16), VM.condemned_list(1))
             assert allows(made, "retention", action, key) == (key in deletable)
-    for key in (*HISTORY, *DESCRIPTION, VM.hold(7, "cd" * 16)):
+    for key in (*HISTORY, *DESCRIPTION, *PLANNED, VM.hold(7, "cd" * 16)):
         assert allows(made, "agent", "s3:PutObject", key, condition=["s3:if-none-match"])
         assert allows(made, "agent", "s3:PutObject", key) == (format_ == "seaweedfs")
     for key in (keys.STORE, keys.tenant_key("acme", 1), VM.pin(7), VM.condemned_list(1)):
@@ -86,14 +90,20 @@ def test_every_key_is_what_the_roles_may_do_with_it(format_: Format, terms: Term
         for condition in ("s3:if-match", "s3:if-none-match"):
             assert allows(made, user, "s3:PutObject", VM.lease, condition=[condition])
         assert allows(made, user, "s3:PutObject", VM.lease) == (format_ == "seaweedfs")
+        assert allows(made, user, "s3:PutObject", CHANGE, condition=["s3:if-none-match"])
+    for condition in ("s3:if-match", "s3:if-none-match"):
+        assert allows(made, "agent", "s3:PutObject", DIGEST, condition=[condition])
+        assert not allows(made, "retention", "s3:PutObject", DIGEST, condition=[condition])
+    assert allows(made, "agent", "s3:PutObject", DIGEST) == (format_ == "seaweedfs")
     assert allows(made, "retention", "s3:PutObjectRetention", VM.segment(PART)) == (terms is not None)
 
 
 def test_what_lasts_is_all_that_points_need_and_no_more() -> None:
     assert all(map(keys.is_lasting, LASTING))
     assert not any(map(keys.is_lasting, PASSING))
-    assert fnmatchcase(VM.lease, keys.LEASES)
-    assert not any(fnmatchcase(key, keys.LEASES) for key in LASTING)
+    for key in (VM.lease, DIGEST):
+        assert any(fnmatchcase(key, pattern) for pattern in keys.REPLACED)
+    assert not any(fnmatchcase(key, pattern) for key in (*LASTING, CHANGE) for pattern in keys.REPLACED)
 
 
 def test_users_are_named_as_servers_name_them() -> None:

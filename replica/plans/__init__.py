@@ -1,0 +1,1 @@
+"""Recovery plans: many VMs started elsewhere, tried, or brought home, in a written order (docs/plans.md)."""
