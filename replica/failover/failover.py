@@ -31,8 +31,9 @@ from replica.model import (
     RecoveryMachine,
     Settings,
     Standing,
+    State,
 )
-from replica.platforms.platform import Checked, MachineSpec, Platform, Power
+from replica.platforms.platform import Checked, DiskSpec, MachineSpec, Particular, Platform, Power
 from replica.source import is_live
 from vhdx.progress import Progress, silent
 
@@ -43,12 +44,15 @@ DEFAULT_PLATFORM = "qemu"
 class Order:
     """What is asked for. None leaves it open: the kind to what is under way, the point to the newest that verifies,
     the generation to the machine's own if the platform can.
+
+    ``machine`` is the name that a test's machine is to have: where there is one of that name, the test goes on with it.
     """
 
     kind: FailoverKind | None = None
     point: int | None = None
     platform: str | None = None
     generation: Literal[1, 2] | None = None
+    machine: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,9 @@ def plan(means: Means, order: Order) -> Plan:
 def _test(means: Means, order: Order) -> Failover:
     settings = catalog.settings_in_force(means.store, means.found)
     transitions.require(means.name, settings.state, Command.TEST)
+    begun = next((one for one in settings.state.beside if one.name == order.machine), None)
+    if begun is not None:
+        return _go_on_with_test(means, settings.state, begun)
     choice = choose(means.store, means.host, means.found, order.point, workers=means.workers)
     machine, conversion = _machine(means, order, choice.point, FailoverKind.TEST)
     with means.turn(Command.TEST) as taken:
@@ -120,13 +127,19 @@ def _test(means: Means, order: Order) -> Failover:
     return Failover(replace(machine, disks=disks), state.standing, choice.passed_over)
 
 
+def _go_on_with_test(means: Means, state: State, machine: RecoveryMachine) -> Failover:
+    point = history.point(means.store, means.found.keys, machine.point)
+    disks = bring_up(means, machine, point, conversions.kept(means.store, means.found, machine))
+    return Failover(replace(machine, disks=disks), state.standing, resumed=True)
+
+
 def _machine(means: Means, order: Order, point: Point, kind: FailoverKind) -> tuple[RecoveryMachine, Conversion]:
     """Return a machine that is to be made of the point; how its disks are converted is in the store by then."""
     platform, generation, planned = _look_ahead(means, order, point)
     conversion = conversions.keep(means.store, means.found, point.point, planned)
     is_test = kind is FailoverKind.TEST
     machine = RecoveryMachine(
-        name=_new_name(means),
+        name=(order.machine if is_test else None) or new_name(means),
         platform=platform,
         kind=kind,
         point=point.point,
@@ -151,11 +164,21 @@ def _look_ahead(means: Means, order: Order, point: Point) -> tuple[str, Literal[
     if isinstance(opened, Checked):
         opened.check()
     generation = means.offer(platform).generation(point.machine.generation, order.generation)
+    if isinstance(opened, Particular):
+        opened.check_machine(_sketch(means, order, point, generation))
     planned = conversions.plan(means.store, means.host, means.found, point, generation, workers=means.workers)
     return platform, generation, planned
 
 
-def _new_name(means: Means) -> str:
+def _sketch(means: Means, order: Order, point: Point, generation: Literal[1, 2]) -> MachineSpec:
+    """Return as much of a machine as is known before it is one."""
+    disks = tuple(DiskSpec(one.number, one.size, one.bus, sector_size=one.sector_size) for one in point.disks)
+    described = replace(point.machine, generation=generation)
+    return MachineSpec("", means.name, described, disks, order.kind is FailoverKind.TEST)
+
+
+def new_name(means: Means) -> str:
+    """Return a name for a machine of the VM that no other has."""
     return f"godwit-{means.found.vm.vm_id[:8]}-{means.host.randomness.new_id()[:8]}"
 
 
@@ -285,7 +308,7 @@ class _Failover:
             host = self._means.host
             here = replace(
                 machine,
-                name=_new_name(self._means),
+                name=new_name(self._means),
                 host_id=host.host_id,
                 host_name=host.host_name,
                 begun_at=host.clock.now(),
