@@ -29,13 +29,22 @@ MOST_TOLD = 20  # VMs whose reasons are told in full below a fleet's table
     "--metrics", type=click.Path(path_type=Path), metavar="FILE", help="Write metrics as Prometheus text, too."
 )
 @click.option("--window", type=Duration(), help="The time over which cycles are counted, 1h to 7d.  [default: 12h]")
+@click.option("--fresh", is_flag=True, help="Look at every VM, also those that agents' digests tell of.")
 @store_options
 @output_options
 def health(
-    output: Output, name: str | None, html: Path | None, metrics: Path | None, window: int | None, *, session: Session
+    output: Output,
+    name: str | None,
+    html: Path | None,
+    metrics: Path | None,
+    window: int | None,
+    fresh: bool,
+    *,
+    session: Session,
 ) -> int | None:
     """Show how well the VMs are protected, or the VM NAME with every reason. It reads only.
 
+    Of most VMs it reads what their agents wrote down a moment ago; the VM NAME, and those of no agent, are looked at.
     Health tells whether replication goes well; readiness, beside it, whether a recovery would succeed. Exits with 3
     where the health of any VM is not normal.
     """
@@ -48,6 +57,7 @@ def health(
         [name] if name else None,
         depth=depth,
         window=counted,
+        fresh=fresh,
     )
     if html is not None:
         write_whole(html, page(made.assessments, made.made_at))
@@ -67,7 +77,16 @@ def health(
 
     vms = [reports.document(one) for one in made.assessments]
     output.show(
-        vms[0] if name else {"made_at": made.made_at, "health": made.health.value, "vms": vms},
+        vms[0]
+        if name
+        else {
+            "made_at": made.made_at,
+            "health": made.health.value,
+            "digests": made.digests,
+            "looked_at": made.direct,
+            "warnings": list(made.warnings),
+            "vms": vms,
+        },
         render,
     )
     return None if made.health is Severity.NORMAL else 3
@@ -89,6 +108,8 @@ def _render_fleet(output: Output, made: HealthReport) -> None:
         _render_reasons(output, one.reasons, indent="  ")
     if len(told) > MOST_TOLD:
         output.note(f"and {len(told) - MOST_TOLD} more VMs with reasons: godwit health NAME tells them")
+    for warning in made.warnings:
+        output.note(warning)
 
 
 def _row(one: Assessment) -> list[str]:
@@ -150,6 +171,10 @@ def _render_one(output: Output, one: Assessment) -> None:
             ("conversion", seen.convertibility),
             ("encrypted", "yes" if seen.encrypted else "no"),
             ("source host", seen.source_host or None),
+            (
+                "clock",
+                "unknown" if seen.store_skew_seconds is None else f"{seen.store_skew_seconds:+.0f} s of the store's",
+            ),
             ("free space", f"{human_size(space.free_bytes)} at {space.path}" if space else None),
             ("resynchronising", None if forecast is None else f"would take {duration_text(forecast)}"),
         ]

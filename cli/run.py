@@ -42,7 +42,7 @@ def run(output: Output, once: bool, *, session: Session) -> int | None:
     terms = session.configuration.agent or AgentTerms()
     url, tenant = store_url(session), session.configuration.tenant
     folder = None if once else session.host.state_folder
-    purpose = Purpose(url, tenant, once=once, care=not once, status_folder=folder)
+    purpose = Purpose(url, tenant, once=once, care=not once, status_folder=folder, digests=not once)
     return serve(output, session, terms, purpose)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Final
 
-from replica import history, keys, lease, locking, manifest, record
+from replica import changes, history, keys, lease, locking, manifest, record
 from replica.block import LARGEST_DISK_NUMBER
 from replica.errors import (
     IntegrityError,
@@ -187,6 +187,7 @@ def enact(
         except ObjectExistsError:
             made = replace(made, version=made.version + 1)
     held.change_settings(made.version)
+    changes.mark_settings(store, found.keys, made.version)
     return made
 
 

@@ -16,6 +16,7 @@ from typing import Final
 from replica.daemon import statusfile
 from replica.daemon.caring import Caring
 from replica.daemon.cycling import Cycling
+from replica.daemon.digesting import Digesting
 from replica.daemon.events import Event, Tell, problem
 from replica.daemon.mailbox import Finished, Mailbox, Message, Perform, Word
 from replica.daemon.membership import Membership
@@ -23,6 +24,7 @@ from replica.daemon.site import Site
 from replica.daemon.terms import AgentTerms
 from replica.daemon.units import Task, Unit
 from replica.errors import GodwitError
+from replica.health.publishing import Publisher
 from vhdx.errors import DiskError
 
 LONGEST_PAUSE_SECONDS: Final = 60.0
@@ -39,6 +41,7 @@ class Purpose:
     once: bool = False
     care: bool = True  # retention, garbage, verification, locks and drills beside cycles
     status_folder: Path | None = None
+    digests: bool = False  # written for whoever reports on the tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,9 @@ class Agent:
         self._members = Membership(self)
         self._cycles = Cycling(self, self._members, once=purpose.once)
         self._caring = Caring(self, self._members)
+        if purpose.digests and site.publisher is None:
+            site.publisher = Publisher(site.host, purpose.tenant)
+        self._digesting = Digesting(self, self._members)
 
     # --- what its parts ask of it
 
@@ -144,6 +150,7 @@ class Agent:
                 self._cycles.start_due()
                 if self._purpose.care:
                     self._caring.start_due()
+                self._digesting.start_due()
             message = self._mailbox.get(self._pause())
             while message is not None:
                 self._take(message)
@@ -192,7 +199,7 @@ class Agent:
         if self._stopping_at is not None:
             end = self._stopping_at if self._given_up_at is None else self._given_up_at + ABANDON_SECONDS
             return min(LONGEST_PAUSE_SECONDS, max(0.0, end - now))
-        moments = [self._members.next_due(), self._cycles.next_due()]
+        moments = [self._members.next_due(), self._cycles.next_due(), self._digesting.next_due()]
         if self._purpose.care:
             moments.append(self._caring.next_due())
         pauses = [moment - now for moment in moments if moment is not None]
@@ -205,7 +212,10 @@ class Agent:
             self._take_terms()
         elif isinstance(message, Finished):
             unit = self._under_way.pop(message.number)
-            if unit.task is Task.REFRESH:
+            self._digesting.note(unit, message.result)
+            if unit.task is Task.DIGEST:
+                self._digesting.finish(message.result)
+            elif unit.task is Task.REFRESH:
                 self._members.finish(unit, message.result)
             elif unit.task is Task.CYCLE:
                 self._cycles.finish(unit, message.result)

@@ -28,6 +28,7 @@ LEVELS: Final[Mapping[str, Level]] = {
     "vm.removed": "info",
     "vm.changed": "info",
     "vm.elsewhere": "info",
+    "vm.unreachable": "error",
     "vm.skipped": "info",
     "vm.stopped": "error",
     "vm.resumed": "info",
@@ -50,6 +51,7 @@ LEVELS: Final[Mapping[str, Level]] = {
     "gc.done": "info",
     "gc.failed": "error",
     "metrics.failed": "warning",
+    "digest.failed": "warning",
 }
 
 

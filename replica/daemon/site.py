@@ -11,6 +11,7 @@ from replica.daemon.bandwidth import Bucket
 from replica.daemon.limited import LimitedStore
 from replica.daemon.stopping import StoppableStore, Stopper, Where
 from replica.daemon.terms import AgentTerms
+from replica.health.publishing import Publisher
 from replica.host import Host
 from replica.stores.address import open_store
 from replica.stores.retry import Patience, ResilientStore
@@ -41,6 +42,7 @@ class Site:
     care: Stopper = field(default_factory=Stopper)
     open_store: OpenStore = field(default_factory=lambda: opened)
     collecting: str | None = None  # the id of the VM whose garbage is being collected
+    publisher: Publisher | None = None  # of this machine's digests, where it writes any
     _stores: dict[tuple[str, bool], Store] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

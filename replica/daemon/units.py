@@ -5,6 +5,7 @@ Each returns a ``Result`` and raises nothing: what went wrong is in it.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,8 @@ from replica.errors import (
 )
 from replica.failover import transitions
 from replica.failover.transitions import Command
-from replica.health import journal
+from replica.health import gathering, journal
+from replica.health.publishing import Watched
 from replica.model import Settings, Standing
 from replica.pipeline import ordered
 from replica.stores.store import Store
@@ -52,6 +54,7 @@ class Task(StrEnum):
     GC = "gc"
     REFRESH = "refresh"
     METRICS = "metrics"
+    DIGEST = "digest"
 
 
 class Verdict(Enum):
@@ -113,17 +116,22 @@ class Unit:
     begun_at: datetime | None = None
     names: tuple[str, ...] = ()  # of a refresh: those that need no look; of gc and metrics: the VMs concerned
     patterns: tuple[str, ...] = ()
+    watched: tuple[Watched, ...] = ()  # of digests: the VMs, and how it goes with them
     elsewhere: tuple[Facts, ...] = ()  # of a refresh: VMs whose disks could not be read here, and maybe can be now
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a refresh found: all names that are chosen, and what each VM that was looked at is, or why that failed."""
+    """What a refresh found: all names that are chosen, and what each VM that was looked at is, or why that failed.
+
+    ``unreachable`` are those of which the store tells nothing at present.
+    """
 
     names: frozenset[str]
     facts: Mapping[str, Facts | GodwitError]
     missing: Mapping[str, str]  # of those looked at, by name: a disk that cannot be read here
     renewal: timedelta | None  # how often locks are to be prolonged, where the store has any
+    unreachable: Mapping[str, GodwitError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +180,9 @@ def _cycle(unit: Unit, site: Site) -> Result:
         basis = Basis(history.begin(store, found.keys, site.host, held))
         version = held.settings_version
         point = cycle.run(store, site.host, found, held, basis, workers=site.workers, progress=site.cycles.progress)
+        epoch = held.epoch
+    if site.publisher is not None:
+        site.publisher.note_cycle(found.keys.vm_id, point, epoch, version)
     fields = {
         "point": point.point,
         "created_at": point.created_at,
@@ -220,7 +231,7 @@ def _verify(unit: Unit, site: Site) -> Result:
     )
     if not report.verdicts and not report.unreadable:
         return Result(fields={"points": 0})
-    journal.record_event(store, site.host, found.keys, journal.verification(report, site.host.clock.now()))
+    journal.record_event(store, site.host, found.keys, journal.verification(report, site.host.clock.now()), mark=False)
     fields = {
         "points": len(report.verdicts),
         "damaged_points": sorted(one.point for one in report.verdicts if not one.restores),
@@ -267,6 +278,8 @@ def _gc(unit: Unit, site: Site) -> Result:
             site.collecting = None
         deleted, reclaimed = deleted + done.deleted.objects, reclaimed + done.deleted.bytes
         waiting, busy = waiting + done.waiting.bytes, busy + (done.busy is not None)
+    with contextlib.suppress(StoreError):  # a digest too many is no harm
+        gathering.sweep(store, unit.tenant, site.host.clock.now())
     fields = {"deleted_objects": deleted, "reclaimed_bytes": reclaimed, "waiting_bytes": waiting, "busy_vms": busy}
     if errors:
         return Result(judge(errors[0]), {**fields, "failed_vms": len(errors)}, errors[0])
@@ -305,10 +318,15 @@ def _refresh(unit: Unit, site: Site) -> Result:
         name = known_facts.name
         if name in listed and name not in facts and here.missing(known_facts.sources) is None:
             facts[name] = known_facts
-    unavailable = next((one for one in facts.values() if isinstance(one, StoreError)), None)
-    if unavailable is not None and judge(unavailable) is Verdict.RETRY:
-        raise unavailable  # tells nothing of the VM
-    return Result(listing=Listing(listed, facts, missing, None if terms is None else terms.renewal))
+    unreachable = {name: one for name, one in facts.items() if isinstance(one, GodwitError) and _tells_nothing(one)}
+    if unreachable and len(unreachable) == len(wanted):
+        raise next(iter(unreachable.values()))  # it is the store, and not a VM
+    told = {name: one for name, one in facts.items() if name not in unreachable}
+    return Result(listing=Listing(listed, told, missing, None if terms is None else terms.renewal, unreachable))
+
+
+def _tells_nothing(error: GodwitError) -> bool:
+    return isinstance(error, StoreError) and judge(error) is Verdict.RETRY
 
 
 def is_chosen(name: str, patterns: tuple[str, ...]) -> bool:
@@ -326,6 +344,12 @@ def _metrics(unit: Unit, site: Site) -> Result:
     return Result(text=metrics([assess(one) for one in seen], site.host.clock.now().timestamp()))
 
 
+def _digest(unit: Unit, site: Site) -> Result:
+    assert site.publisher is not None, "scheduled only where there is one"
+    done = site.publisher.publish(site.store(unit.store_url), unit.watched)
+    return Result(fields={"written": done.written, "looked_at": done.looked_at, "waiting": done.waiting})
+
+
 def _vm(unit: Unit) -> ProtectedVm:
     assert unit.found is not None, unit.task
     return unit.found
@@ -340,4 +364,5 @@ _WORK: Final[Mapping[Task, Callable[[Unit, Site], Result]]] = {
     Task.GC: _gc,
     Task.REFRESH: _refresh,
     Task.METRICS: _metrics,
+    Task.DIGEST: _digest,
 }

@@ -135,7 +135,7 @@ def _readiness(seen: Observation, doubts: tuple[Reason, ...]) -> Readiness:
 
 
 def _state(seen: Observation) -> ReplicationState:
-    alive = seen.lease_held and seen.lease_expires_at is not None and seen.lease_expires_at > seen.at
+    alive = seen.lease_held and seen.lease_expires_at is not None and seen.lease_expires_at > seen.known_at
     states = {
         Standing.FAILING_OVER: ReplicationState.FAILING_OVER,
         Standing.FAILED_OVER: ReplicationState.FAILED_OVER,
@@ -153,7 +153,7 @@ def _state(seen: Observation) -> ReplicationState:
 
 def _cut_off(seen: Observation) -> bool:
     """Whether the last cycle ended without a point: it said so, or its lease ran out while it was held."""
-    ran_out = seen.lease_held and seen.lease_expires_at is not None and seen.lease_expires_at <= seen.at
+    ran_out = seen.lease_held and seen.lease_expires_at is not None and seen.lease_expires_at <= seen.known_at
     return (seen.leftovers and not seen.lease_held) or ran_out
 
 
@@ -270,6 +270,9 @@ def _clock_skew(seen: Observation, _: Statistics) -> _Said:
 def _skews(seen: Observation) -> Iterator[tuple[float, str]]:
     if seen.store_skew_seconds is not None:
         yield abs(seen.store_skew_seconds), "this machine's clock beside the store's"
+    if seen.source_skew_seconds is not None:
+        whose = f"the clock of {seen.agent.host_name}" if seen.agent is not None else "the agent's clock"
+        yield abs(seen.source_skew_seconds), f"{whose} beside the store's"
     newest = seen.newest
     if newest is None:
         return
@@ -286,6 +289,23 @@ def _skews(seen: Observation) -> Iterator[tuple[float, str]]:
         (newest.created_at - newest.published_at).total_seconds(),
         f"point {newest.point} was published before its time",
     )
+
+
+def _agent_silent(seen: Observation, _: Statistics) -> _Said:
+    note = seen.agent
+    if note is not None:
+        age = (seen.at - note.written_at).total_seconds()
+        if _exceeds("agent-silent", seen, age):
+            yield (
+                age,
+                f"the agent on {note.host_name} was last heard of {_time(note.written_at)}: all told here is of then",
+            )
+
+
+def _agent_failing(seen: Observation, _: Statistics) -> _Said:
+    note = seen.agent
+    if note is not None and (note.state == "stopped" or _exceeds("agent-failing", seen, note.failures)):
+        yield note.failures, f"{note.error or note.state}{f' ({note.hint})' if note.hint else ''}, on {note.host_name}"
 
 
 def _drill_never(seen: Observation, _: Statistics) -> _Said:
@@ -389,6 +409,8 @@ _LOOKS: Final[Mapping[str, Callable[[Observation, Statistics], _Said]]] = {
     "not-quiesced": _not_quiesced,
     "not-protected": _not_protected,
     "clock-skew": _clock_skew,
+    "agent-silent": _agent_silent,
+    "agent-failing": _agent_failing,
     "drill-never": _drill_never,
     "drill-failed": _drill_failed,
     "drill-old": _drill_old,

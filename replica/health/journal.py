@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from replica import record
+from replica import changes, record
 from replica.damage import Report
 from replica.errors import (
     FormatVersionError,
@@ -57,23 +57,46 @@ class EventKey:
     result: str
 
 
-def record_event(store: Store, host: Host, keys: VmKeys, event: Event) -> str:
-    """Write an event create-only, and return its key. It needs no lease. Raises UsageError, StoreError."""
+def record_event(store: Store, host: Host, keys: VmKeys, event: Event, *, mark: bool = True) -> str:
+    """Write an event create-only, and return its key. It needs no lease. Raises UsageError, StoreError.
+
+    Unless ``mark`` is false it is marked as a change: the agent that looks after the VM does not know of it.
+    """
     if not _RESULT.fullmatch(event.result):
         raise UsageError(f"{event.result!r} is no result of an event: one lower-case word is")
     moment = event.at.astimezone(UTC).strftime("%Y%m%dT%H%M%S%fZ")
     key = f"{keys.events}{moment}-{event.kind.value}-{event.result}-{host.randomness.new_id()[:8]}.json"
-    body = {
+    body = encode_event(replace(event, host_name=event.host_name or host.host_name))
+    store.create(key, record.encode(EVENT_KIND, body))
+    if mark:
+        changes.mark_event(store, keys, event.at)
+    return key
+
+
+def encode_event(event: Event, longest_detail: int = LONGEST_DETAIL) -> dict[str, Any]:
+    """Return an event as JSON's values."""
+    return {
         "event": event.kind.value,
         "at": record.time_text(event.at),
         "result": event.result,
-        "host_name": event.host_name or host.host_name,
+        "host_name": event.host_name,
         "points": list(event.points[:LARGEST_EVENT_POINTS]),
         "seconds": round(event.seconds, 3),
-        "detail": event.detail[:LONGEST_DETAIL],
+        "detail": event.detail[:longest_detail],
     }
-    store.create(key, record.encode(EVENT_KIND, body))
-    return key
+
+
+def decode_event(body: Fields, kind: EventKind) -> Event:
+    """Return the event of that kind. Raises IntegrityError."""
+    return Event(
+        kind=kind,
+        at=body.time("at"),
+        result=body.text("result"),
+        host_name=body.text("host_name"),
+        points=tuple(body.integers("points")[:LARGEST_EVENT_POINTS]),
+        seconds=body.number("seconds"),
+        detail=body.text("detail"),
+    )
 
 
 def event_keys(store: Store, keys: VmKeys, since: datetime | None = None) -> list[EventKey]:
@@ -100,15 +123,7 @@ def read_event(store: Store, told: EventKey) -> Event:
     body = record.decode(EVENT_KIND, store.get(told.key), key=told.key)
     if (body.text("event"), body.text("result")) != (told.kind.value, told.result):
         raise IntegrityError("the event is another one than its key says: objects were mixed up", key=told.key)
-    return Event(
-        kind=told.kind,
-        at=body.time("at"),
-        result=told.result,
-        host_name=body.text("host_name"),
-        points=tuple(body.integers("points")[:LARGEST_EVENT_POINTS]),
-        seconds=body.number("seconds"),
-        detail=body.text("detail"),
-    )
+    return decode_event(body, told.kind)
 
 
 def verification(report: Report, at: datetime) -> Event:
@@ -149,7 +164,7 @@ def remember(store: Store, keys: VmKeys, samples: Iterable[PointSample]) -> int:
         piece = ordered[start : start + LARGEST_PIECE_POINTS]
         key = f"{keys.histories}{piece[-1].point:020}.json"
         try:
-            store.create(key, record.encode(HISTORY_KIND, _encode_piece(piece)))
+            store.create(key, record.encode(HISTORY_KIND, encode_columns(piece)))
         except ObjectExistsError:
             # An earlier attempt's, which was to remove these and maybe more. One that another rule had cut short
             # lacks some: what they were is lost to reports, and to nothing else.
@@ -170,7 +185,7 @@ def remembered(store: Store, keys: VmKeys, most_points: int, since: datetime | N
             continue
         piece: list[PointSample] = []
         with contextlib.suppress(IntegrityError, FormatVersionError, ObjectMissingError):
-            piece = list(_decode_piece(record.decode(HISTORY_KIND, store.get(info.key), key=info.key)))
+            piece = list(decode_columns(record.decode(HISTORY_KIND, store.get(info.key), key=info.key)))
         for one in piece:
             found.setdefault(one.point, one)
         if len(found) >= most_points or (since is not None and any(one.created_at < since for one in piece)):
@@ -178,7 +193,7 @@ def remembered(store: Store, keys: VmKeys, most_points: int, since: datetime | N
     return [found[number] for number in sorted(found)][-most_points:]
 
 
-def _encode_piece(samples: Sequence[PointSample]) -> dict[str, Any]:
+def encode_columns(samples: Sequence[PointSample]) -> dict[str, Any]:
     """Return columns: times as milliseconds since 1970, durations as milliseconds; names once for all."""
     return {
         "point": [one.point for one in samples],
@@ -192,14 +207,20 @@ def _encode_piece(samples: Sequence[PointSample]) -> dict[str, Any]:
     }
 
 
-def _decode_piece(body: Fields) -> Iterator[PointSample]:
+def decode_columns(
+    body: Fields, *, most: int = LARGEST_PIECE_POINTS, rows: Callable[[int], Iterable[int]] = range
+) -> Iterator[PointSample]:
+    """Yield points from their columns: those rows that ``rows`` chooses, given how many there are.
+
+    Raises IntegrityError, also where there are more than ``most``.
+    """
     numbers = ("point", "created_at_ms", "published_at_ms", "cycle_ms", "flags", *_COLUMNS)
     columns: dict[str, list[Any]] = {name: body.integers(name) for name in numbers}
     columns |= {name: _texts(body, name) for name in ("consistency", "found_by")}
     count = len(columns["point"])
-    if count > LARGEST_PIECE_POINTS or any(len(column) != count for column in columns.values()):
+    if count > most or any(len(column) != count for column in columns.values()):
         raise IntegrityError("the columns of remembered points differ in length, or are too long", key=body.key)
-    for row in range(count):
+    for row in rows(count):
         one = {name: column[row] for name, column in columns.items()}
         try:
             yield PointSample(

@@ -83,7 +83,8 @@ class Event:
 
     ``result`` is one word: of a drill ``passed`` (its cleanup did too) or ``failed``; of a verification ``whole``
     (every byte was read), ``partial`` (nothing was found in what was looked at) or ``damaged``; of a change of health
-    or of convertibility what it became. ``points`` are those concerned: the one that was started, those that were found damaged.
+    or of convertibility what it became. ``points`` are those concerned: the one that was started, those that were found
+    damaged.
     """
 
     kind: EventKind
@@ -107,6 +108,20 @@ class FreeSpace:
     def percent(self) -> float:
         """What is free, of all."""
         return 100.0 * self.free_bytes / self.total_bytes if self.total_bytes else 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class AgentNote:
+    """How it goes with a VM's cycles at the agent that looks after it, by a digest that it wrote."""
+
+    host_name: str
+    written_at: datetime  # the digest
+    state: str
+    failures: int = 0  # in a row
+    error: str | None = None
+    hint: str | None = None
+    missed: int = 0
+    next_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +161,18 @@ class Observation:
     convertibility: str | None = None  # of the newest point's manifest
     free_space: FreeSpace | None = None  # on this machine, where it holds a disk of the VM
     store_skew_seconds: float | None = None  # this machine's clock less the store's
+    source_skew_seconds: float | None = None  # that of the machine whose agent wrote the digest
+    epoch: int = 0  # of the newest lease known
+    settings_version: int = 0
+    event_at: datetime | None = None  # the newest event known
+    as_of: datetime | None = None  # when all this was so, by a digest; None where the store was looked at
+    agent: AgentNote | None = None  # of the digest
     warnings: tuple[str, ...] = ()  # what could not be found out besides
+
+    @property
+    def known_at(self) -> datetime:
+        """The moment that is known of last: what has not happened until then may have happened since."""
+        return self.at if self.as_of is None else min(self.at, self.as_of)
 
     @property
     def timeline(self) -> tuple[PointSample, ...]:

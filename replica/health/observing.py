@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,10 +25,11 @@ from replica.errors import (
 )
 from replica.health import journal
 from replica.health.journal import EventKey
-from replica.health.observation import Event, EventKind, FreeSpace, Observation, sample_of
+from replica.health.observation import Event, EventKind, FreeSpace, Observation, PointSample, sample_of
 from replica.host import Host
 from replica.keys import VmKeys, point_of
 from replica.model import Point, Settings
+from replica.stores.skew import skew_of
 from replica.stores.store import Store
 from replica.vault import vault_of
 
@@ -88,9 +89,16 @@ def observe_named(store: Store, host: Host, tenant: str, name: str, depth: Depth
         return Observation("", name, host.clock.now(), unread=told, key_missing=missing, encrypted=missing)
 
 
-def observe(store: Store, host: Host, found: ProtectedVm, depth: Depth = BRIEF) -> Observation:
+def observe(
+    store: Store,
+    host: Host,
+    found: ProtectedVm,
+    depth: Depth = BRIEF,
+    known: Mapping[int, PointSample] | None = None,
+) -> Observation:
     """Observe a VM: lease, settings, one LIST of manifests and one of events, and the manifests that ``depth`` allows.
 
+    Points that are ``known`` already, and still listed, are told without their manifests being read.
     Raises IntegrityError, FormatVersionError, TenantKeyError, StoreError.
     """
     vm_keys = found.keys
@@ -101,8 +109,8 @@ def observe(store: Store, host: Host, found: ProtectedVm, depth: Depth = BRIEF) 
     told = journal.event_keys(store, vm_keys)
     drills = _read_events(store, [one for one in told if one.kind is EventKind.DRILL][-depth.drills :], warnings)
     verify, known_bad = _verifications(store, [one for one in told if one.kind is EventKind.VERIFY], warnings)
-    points, broken = _read_points(store, vm_keys, numbers, known_bad, depth)
-    newest = points[-1] if points else None
+    points, broken = _read_points(store, vm_keys, numbers, known_bad, depth, known or {})
+    newest = points[-1] if points and isinstance(points[-1], Point) else None
     vault = vault_of(store)
     return Observation(
         vm_id=found.vm.vm_id,
@@ -120,7 +128,7 @@ def observe(store: Store, host: Host, found: ProtectedVm, depth: Depth = BRIEF) 
         lease_held=state.held,
         lease_expires_at=state.expires_at,
         leftovers=state.leftovers,
-        samples=tuple(sample_of(one) for one in points),
+        samples=tuple(sample_of(one) if isinstance(one, Point) else one for one in points),
         remembered=tuple(journal.remembered(store, vm_keys, depth.remembered)) if depth.remembered else (),
         listed=len(numbers),
         damaged=(broken | known_bad) & frozenset(numbers),
@@ -128,7 +136,11 @@ def observe(store: Store, host: Host, found: ProtectedVm, depth: Depth = BRIEF) 
         drills=drills,
         changes=tuple((one.at, one.result) for one in told if one.kind is EventKind.HEALTH)[-LARGEST_CHANGES:],
         convertibility=convertibility_of(newest),
-        free_space=_free_space(host, settings),
+        free_space=free_space(host, settings),
+        store_skew_seconds=skew_of(store),
+        epoch=state.epoch,
+        settings_version=settings.version,
+        event_at=told[-1].at if told else None,
         warnings=tuple(warnings),
     )
 
@@ -141,13 +153,18 @@ def convertibility_of(point: Point | None) -> str | None:
 
 
 def _read_points(
-    store: Store, vm_keys: VmKeys, numbers: list[int], known_bad: frozenset[int], depth: Depth
-) -> tuple[list[Point], frozenset[int]]:
+    store: Store,
+    vm_keys: VmKeys,
+    numbers: list[int],
+    known_bad: frozenset[int],
+    depth: Depth,
+    known: Mapping[int, PointSample],
+) -> tuple[list[Point | PointSample], frozenset[int]]:
     """Return points in ascending number, the newest and the oldest that can be read with them, and what cannot be.
 
     From the newest downwards until one restores, as far as is known; then spread evenly over the rest.
     """
-    found: dict[int, Point] = {}
+    found: dict[int, Point | PointSample] = {number: known[number] for number in numbers if number in known}
     broken: set[int] = set()
 
     def read(number: int) -> bool:
@@ -214,7 +231,7 @@ def _retention_since(settings: Settings) -> datetime | None:
     return change.at if change is not None and change.command == "protect --update" else None
 
 
-def _free_space(host: Host, settings: Settings) -> FreeSpace | None:
+def free_space(host: Host, settings: Settings) -> FreeSpace | None:
     """Return the least room of the file systems that a disk of the VM lies on here, None where none does."""
     found = []
     for one in settings.sources:

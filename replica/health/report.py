@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from replica import catalog
 from replica.health.assessment import WINDOW, Assessment, assess
-from replica.health.observing import BRIEF, Depth, observe_all, observe_named
+from replica.health.digest import brief_rows
+from replica.health.gathering import Gathered, Gatherer
+from replica.health.observing import BRIEF, Depth, observe_named
 from replica.health.rules import Severity
 from replica.host import Host
 from replica.stores.store import Store
@@ -21,6 +22,9 @@ class HealthReport:
 
     made_at: datetime
     assessments: tuple[Assessment, ...]
+    digests: int = 0  # that were read
+    direct: int = 0  # VMs that were looked at, since no digest told of them
+    warnings: tuple[str, ...] = ()  # digests that could not be read
 
     @property
     def health(self) -> Severity:
@@ -37,19 +41,25 @@ def report(
     depth: Depth = BRIEF,
     window: timedelta = WINDOW,
     at_once: int = 8,
+    fresh: bool = False,
 ) -> HealthReport:
-    """Observe and judge the VMs of those names, or all of the tenant. It reads only.
+    """Judge the VMs of those names, each looked at, or all of the tenant, told by digests where there are any.
 
-    A VM that cannot be read is in the report as such. Raises UsageError for a name that no VM has,
-    NoStoreError, StoreUnavailableError.
+    It reads only. With ``fresh`` no digest is read. A VM that cannot be read is in the report as such. Raises
+    UsageError for a name that no VM has, NoStoreError, StoreUnavailableError.
     """
     if names is None:
-        catalog.read_store(store)
-        listed = list(catalog.names(store, tenant))
-        observed = list(observe_all(store, host, tenant, listed, depth, at_once=at_once))
-    else:
-        observed = [observe_named(store, host, tenant, name, depth) for name in names]
+        rows = brief_rows if depth.points <= BRIEF.points else range
+        gathered = Gatherer(store, host, tenant, depth=depth, rows=rows, at_once=at_once).gather(fresh=fresh)
+        return judged(gathered, host, window)
+    observed = [observe_named(store, host, tenant, name, depth) for name in names]
     return HealthReport(host.clock.now(), tuple(assess(one, window) for one in observed))
+
+
+def judged(gathered: Gathered, host: Host, window: timedelta = WINDOW) -> HealthReport:
+    """Judge what was gathered."""
+    found = tuple(assess(one, window) for one in gathered.seen)
+    return HealthReport(host.clock.now(), found, gathered.digests, gathered.direct, gathered.warnings)
 
 
 def document(one: Assessment) -> dict[str, Any]:
@@ -79,6 +89,10 @@ def document(one: Assessment) -> dict[str, Any]:
         "source_host": seen.source_host or None,
         "chain_files": newest.chain_files if newest and newest.chain_files else None,
         "free_space": asdict(seen.free_space) if seen.free_space else None,
+        "store_skew_seconds": seen.store_skew_seconds,
+        "source_skew_seconds": seen.source_skew_seconds,
         "resynchronisation_seconds": one.resynchronisation_seconds,
+        "as_of": seen.as_of,
+        "agent": asdict(seen.agent) if seen.agent else None,
         "warnings": list(seen.warnings),
     }

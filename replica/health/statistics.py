@@ -88,7 +88,7 @@ def _cycles(seen: Observation, window: timedelta) -> tuple[int, int]:
     if timeline[0].created_at > start:
         points += 1
     newest = timeline[-1]
-    since = min(seen.at - newest.created_at, window).total_seconds()
+    since = min(seen.known_at - newest.created_at, window).total_seconds()
     # The cycle that is due now has an interval's time to end before it counts as missed.
     return points, round(misses) + max(0, int(since // interval) - 1)
 

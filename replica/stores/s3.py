@@ -24,6 +24,7 @@ import ssl
 import struct
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from typing import Any, Final, Literal, TypeAlias
 
@@ -119,6 +120,7 @@ class S3Store:
         self._bucket_seen = False
         self._reads_first = versions == "first"
         self._terms: list[locking.Terms | None] = []  # once the store's record was read
+        self._skew_seconds: float | None = None
         endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
         by_path = path_style if path_style is not None else endpoint is not None
         config = Config(
@@ -144,6 +146,11 @@ class S3Store:
     def url(self) -> str:
         """The address as given; it never holds credentials."""
         return self._url
+
+    @property
+    def skew_seconds(self) -> float | None:
+        """This machine's clock less the server's, by its newest answer to a GET; None before the first."""
+        return self._skew_seconds
 
     def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
         """Return the object's bytes or a range of them; see ``Store.get``."""
@@ -263,11 +270,11 @@ class S3Store:
     def _version(self, key: str) -> dict[str, str]:
         """Return the option that names the version to read, where it may not be the latest. Raises ObjectMissingError.
 
-        Of an object that is written once it is the first, whatever was put over it; of a lease the last.
+        Of an object that is written once it is the first, whatever was put over it; of one that is replaced the last.
         """
         if not self._reads_first:
             return {}
-        once = not fnmatchcase(key, keys.LEASES)
+        once = not any(fnmatchcase(key, pattern) for pattern in keys.REPLACED)
         found = self._versions.first(self._name(key)) if once else self._versions.last(self._name(key))
         if found is None:
             raise ObjectMissingError("no such object", key=key)
@@ -364,12 +371,21 @@ class S3Store:
         """Return what a GET brings, the ETag and the status."""
         with self._translated(key, "read the object"):
             answer = self._client.get_object(Bucket=self._bucket, Key=self._name(key), **self._version(key), **options)
+            self._note_time(answer)
             with contextlib.closing(answer["Body"]) as body:
                 data: bytes = body.read()
         tag = self._tag_of(answer, key)
         if len(data) != answer["ContentLength"]:
             raise StoreUnavailableError(f"{len(data)} bytes arrived of {answer['ContentLength']}", key=key)
         return data, tag, answer["ResponseMetadata"]["HTTPStatusCode"]
+
+    def _note_time(self, answer: Mapping[str, Any]) -> None:
+        """Take note of the time that the answer was given at: HTTP says it in whole seconds."""
+        headers = answer["ResponseMetadata"].get("HTTPHeaders", {})
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            given = parsedate_to_datetime(headers["date"]) if "date" in headers else None
+            if given is not None and given.tzinfo is not None:
+                self._skew_seconds = (datetime.now(UTC) - given).total_seconds() - 0.5
 
     def _tag_of(self, answer: Mapping[str, Any], key: str) -> str:
         tag = answer.get("ETag")

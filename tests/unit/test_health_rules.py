@@ -10,7 +10,7 @@ import pytest
 
 from replica.errors import UsageError
 from replica.health.assessment import Readiness, ReplicationState, assess, check_window
-from replica.health.observation import Event, EventKind, FreeSpace, Observation, PointSample
+from replica.health.observation import AgentNote, Event, EventKind, FreeSpace, Observation, PointSample
 from replica.health.rules import RULES, Aspect, Severity
 from replica.health.statistics import statistics
 from replica.model import Standing
@@ -77,6 +77,12 @@ def set_back(seconds: float) -> Observation:
     return replace(seen, samples=(*seen.samples[:-1], early))
 
 
+def by_agent(age: timedelta = MINUTE, *, state: str = "waiting", failures: int = 0) -> Observation:
+    """Return a VM as the digest of an agent tells it that was written so long ago."""
+    note = AgentNote("host-a", NOW - age, state, failures, "the disk is gone" if failures else None)
+    return healthy(as_of=NOW - age, agent=note)
+
+
 def forecast(hours: float) -> Observation:
     """Return a VM that was read at 1 MiB/s and holds what takes so many hours."""
     size = int(hours * 3600) << 20
@@ -140,6 +146,10 @@ CASES = [
         newest_changed(published_at=NOW - 2 * MINUTE - 61 * SECOND),
         61.0,
     ),
+    Case("agent-silent", by_agent(age=15 * MINUTE), by_agent(age=15 * MINUTE + SECOND), 901.0),
+    Case("agent-failing", by_agent(failures=2), by_agent(failures=3), 3),
+    Case("agent-failing", by_agent(state="retrying"), by_agent(state="stopped"), 0),
+    Case("clock-skew", healthy(source_skew_seconds=60.0), healthy(source_skew_seconds=61.0), 61.0),
     Case("drill-never", healthy(), healthy(drills=()), True),
     Case("drill-failed", drilled(DAY), drilled(DAY, "failed"), "failed"),
     Case("drill-old", drilled(90 * DAY), drilled(90 * DAY + SECOND), 90 * 86400 + 1.0),
