@@ -29,7 +29,8 @@ from vhdx.errors import DiskError
 
 MOST_SECONDS: Final = 10.0
 MOST_BYTES: Final = 512 << 20
-MOST_READS: Final = 50_000
+MOST_READS: Final = 20_000
+MOST_KEPT_BLOCKS: Final = 128
 _NO_ESP: Final = Finding(
     "no-esp",
     Severity.REFUSAL,
@@ -128,7 +129,11 @@ class _Allowance:
 
 
 class _Watched:
-    """A disk whose reads are counted, and remembered by block."""
+    """A disk whose reads are counted, and remembered by block.
+
+    What is smaller than a block is taken out of whole ones, some of which are kept: an inspection reads many small
+    things that lie close together, and behind some disks is a network.
+    """
 
     def __init__(self, number: int, device: BlockDevice, allowance: _Allowance) -> None:
         self.number = number
@@ -137,13 +142,30 @@ class _Watched:
         self._device = device
         self._allowance = allowance
         self._read = set[int]()
+        self._kept = dict[int, bytes]()  # the oldest first
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Read, and remember it."""
-        self._allowance.take(length)
-        if length > 0:
-            self._read.update(range(offset // BLOCK_BYTES, (offset + length - 1) // BLOCK_BYTES + 1))
-        return self._device.read_at(offset, length)
+        first, end = offset // BLOCK_BYTES, -(-(offset + length) // BLOCK_BYTES)
+        if length >= BLOCK_BYTES or offset < 0 or length <= 0 or offset + length > self.size:
+            self._allowance.take(max(0, length))
+            data = self._device.read_at(offset, length)
+            self._read.update(range(first, end))
+            return data
+        start = offset - first * BLOCK_BYTES
+        return b"".join(map(self._block, range(first, end)))[start : start + length]
+
+    def _block(self, block: int) -> bytes:
+        data = self._kept.pop(block, None)
+        if data is None:
+            length = min(BLOCK_BYTES, self.size - block * BLOCK_BYTES)
+            self._allowance.take(length)
+            data = self._device.read_at(block * BLOCK_BYTES, length)
+            self._read.add(block)
+            if len(self._kept) >= MOST_KEPT_BLOCKS:
+                del self._kept[next(iter(self._kept))]
+        self._kept[block] = data
+        return data
 
     def ranges(self) -> list[tuple[int, int]]:
         """Return what was read, as ranges of blocks."""
