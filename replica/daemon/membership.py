@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from replica.daemon.agent import Agent
 
 UNREADABLE_SECONDS: Final = 300.0  # between two looks at a VM whose records could not be read
+UNREACHABLE_SECONDS: Final = 60.0  # between two looks at one of which the store told nothing
 ELSEWHERE_SECONDS: Final = 3600.0  # between two looks at one whose disks are not here
 
 
@@ -123,6 +124,9 @@ class Membership:
             else:
                 self._look_at(known, facts, missing)
 
+        for name, error in listing.unreachable.items():
+            self._cannot_reach(name, error)
+
     def _add(self, facts: Facts, missing: str | None) -> None:
         member = self.all[facts.name] = Member(facts)
         told = self.remembered.get(facts.name)
@@ -172,6 +176,15 @@ class Membership:
             self._agent.cycles.drop(member)
             self._agent.caring.drop(member)
         self._looks.set(name, self._agent.monotonic() + UNREADABLE_SECONDS)
+
+    def _cannot_reach(self, name: str, error: GodwitError) -> None:
+        """Have a VM looked at again of which the store told nothing at present; what is known of it stays."""
+        if name not in self.all:
+            told = problem(error)
+            if name not in self.unreadable:
+                self._agent.say("vm.unreachable", name, **told)
+            self.unreadable[name] = told
+        self._looks.set(name, self._agent.monotonic() + UNREACHABLE_SECONDS)
 
     def _remove(self, name: str) -> None:
         self._looks.drop(name)

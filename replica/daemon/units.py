@@ -319,8 +319,8 @@ def _refresh(unit: Unit, site: Site) -> Result:
         if name in listed and name not in facts and here.missing(known_facts.sources) is None:
             facts[name] = known_facts
     unreachable = {name: one for name, one in facts.items() if isinstance(one, GodwitError) and _tells_nothing(one)}
-    if unreachable and len(unreachable) == len(wanted):
-        raise next(iter(unreachable.values()))  # it is the store, and not a VM
+    if unreachable and len(unreachable) == len(names):
+        raise next(iter(unreachable.values()))  # nothing is known of any: it is the store, and not a VM
     told = {name: one for name, one in facts.items() if name not in unreachable}
     return Result(listing=Listing(listed, told, missing, None if terms is None else terms.renewal, unreachable))
 

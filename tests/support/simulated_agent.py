@@ -17,6 +17,7 @@ from replica.daemon.mailbox import Message, Word
 from replica.daemon.site import Site
 from replica.daemon.terms import AgentTerms
 from replica.daemon.units import Facts, Listing, Result, Task, Unit, Verdict
+from replica.errors import GodwitError
 from replica.keys import VmKeys
 from replica.model import Standing, Vm
 from replica.vault import Vault
@@ -48,6 +49,7 @@ class Simulation:
     terms: AgentTerms = field(default_factory=AgentTerms)
     act: Act = field(default=lambda unit: (1.0, done()))
     missing: dict[str, str] = field(default_factory=dict)
+    unreachable: dict[str, GodwitError] = field(default_factory=dict)
     renewal: timedelta | None = None
     refresh_error: Exception | None = None
     clock: FakeClock = field(default_factory=FakeClock)
@@ -105,7 +107,8 @@ class Simulation:
         looked = {name: one for name, one in self.fleet.items() if name not in known}
         looked |= {one.name: self.fleet[one.name] for one in unit.elsewhere if one.name not in self.missing}
         missing = {name: path for name, path in self.missing.items() if name in looked}
-        return Result(listing=Listing(frozenset(self.fleet), looked, missing, self.renewal))
+        away = {name: error for name, error in self.unreachable.items() if looked.pop(name, None) is not None}
+        return Result(listing=Listing(frozenset(self.fleet), looked, missing, self.renewal, away))
 
     # --- what the test does
 

@@ -279,6 +279,32 @@ def test_a_store_that_cannot_be_listed_is_asked_again_by_the_table() -> None:
     assert sim.begins(name="a")[0] > at[4]
 
 
+def test_a_vm_of_which_the_store_tells_nothing_keeps_no_other_waiting() -> None:
+    sim = Simulation(fleet(["away", "here"], 300), unreachable={"away": DOWN})
+    sim.at(2000, sim.unreachable.clear)
+    sim.run(4000)
+    assert sim.begins(name="here")[0] <= 301
+    (told,) = sim.told("vm.unreachable")
+    assert (told.vm, told.fields["error"]) == ("away", "StoreUnavailableError")
+    assert 2000 < sim.begins(name="away")[0] <= 2000 + 61 + 300
+    once = Simulation(fleet(["away", "here"], 300), unreachable={"away": DOWN})
+    assert not once.run(4000, once=True).complete
+
+
+def test_a_stopped_vm_that_cannot_be_asked_stays_known() -> None:
+    sim = Simulation(fleet(["bad"], 300))
+    sim.act = lambda unit: (1.0, failed(IntegrityError("x")) if sim.seconds < 2000 else done())
+    sim.at(1000, lambda: sim.unreachable.update(bad=DOWN))
+    sim.at(1500, lambda: sim.fleet.update(bad=changed(sim.fleet["bad"])))
+    sim.at(3000, sim.unreachable.clear)
+    sim.run(4000)
+    assert not sim.told("vm.unreachable", "vm.removed")
+    assert [one.name for one in sim.told("vm.added", "vm.stopped", "vm.resumed")] == [
+        *("vm.added", "vm.stopped", "vm.resumed")
+    ]
+    assert 3000 < sim.begins()[-1] <= 4000
+
+
 def test_care_is_taken_at_turns_of_its_own_one_thing_at_a_time() -> None:
     sim = Simulation(fleet("abcd", 3600), AgentTerms(prune_seconds=7200, gc_seconds=43200, drill_seconds=7 * DAY))
     sim.renewal = timedelta(days=5)

@@ -30,6 +30,7 @@ from replica.stores.memory import MemoryStore
 from replica.stores.store import ObjectData, Store
 from replica.vault import Vault
 from tests.support.engine import BLOCK, WORKERS, FakeClock, Lab, make_host, make_lab, random_blocks
+from tests.support.store_doubles import Fault, FaultKind, FaultyStore
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -214,6 +215,17 @@ def test_a_refresh_while_the_store_is_away_tells_nothing_of_the_vms(lab: Lab) ->
         store.at, store.then = at, away
         result = perform(Unit(Task.REFRESH, "memory:x", "default"), site_of(lab, store))
         assert (result.verdict, result.listing) == (Verdict.RETRY, None)
+
+
+def test_a_refresh_that_cannot_read_one_vm_finds_the_others(lab: Lab, tmp_path: Path) -> None:
+    other = make_lab(tmp_path / "other", [bytes(BLOCK)], store=lab.store, host=make_host(name="host-b"), name="other")
+    away = FaultyStore(lab.store, [Fault(FaultKind.ERROR, pattern=f"*/{other.found.keys.vm_id}/*")])
+    found = perform(Unit(Task.REFRESH, "memory:x", "default"), site_of(lab, away)).listing
+    assert found is not None
+    assert (set(found.facts), set(found.unreachable)) == ({"web 1"}, {"other"})
+    known = Unit(Task.REFRESH, "memory:x", "default", names=("web 1",))
+    again = perform(known, site_of(lab, away)).listing
+    assert again is not None and (set(again.facts), set(again.unreachable)) == (set(), {"other"})
 
 
 def test_another_agent_s_lease_and_the_own_collection_are_told_apart(lab: Lab) -> None:
