@@ -5,7 +5,7 @@ Whatever comes from the store or from a user (names, reasons, host names) goes t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from html import escape
 from typing import Final
@@ -18,6 +18,8 @@ from replica.health.style import POLICY, SHEET
 from replica.health.units import bytes_text, duration_text, time_text
 
 OPEN_AT_ONCE: Final = 3  # a report of no more VMs shows them unfolded
+MOST_DETAILED: Final = 1000  # machines with a section of their own; of the others a row is shown
+MOST_IN_TABLE: Final = 500  # rows of a table, where there are more machines than have sections
 LONGEST_TEXT: Final = 2000
 
 _FOOTER: Final = (
@@ -56,12 +58,14 @@ def page(assessments: Sequence[Assessment], now: datetime, *, title: str = "Repl
         f"<header><h1>{_text(title)}</h1>",
         f'<p class="soft">Made {time_text(now)} UTC by Godwit. All times are UTC.</p></header><main>',
         _overview(assessments),
-        _fleet_table(ordered),
+        _as_of(assessments, now),
+        *_fleet_tables(ordered),
         '<h2 id="vms">Machines</h2>',
         *(
             _machine(number, one, detail if place < charts.MOST_PLOTTED else None, is_open=len(ordered) <= OPEN_AT_ONCE)
-            for place, (number, one) in enumerate(ordered)
+            for place, (number, one) in enumerate(ordered[:MOST_DETAILED])
         ),
+        _undetailed(len(ordered) - MOST_DETAILED),
         _FOOTER,
     ]
     head = (
@@ -105,28 +109,72 @@ def _overview(assessments: Sequence[Assessment]) -> str:
     return f'<h2 id="fleet">Fleet</h2><ul class="tiles">{shown}</ul>'
 
 
-def _fleet_table(ordered: Sequence[tuple[int, Assessment]]) -> str:
-    if not ordered:
-        return "<p>No machine is protected in this store yet.</p>"
-    rows = "".join(_fleet_row(number, one) for number, one in ordered)
+def _as_of(assessments: Sequence[Assessment], now: datetime) -> str:
+    told = [one.seen.as_of for one in assessments if one.seen.as_of is not None]
+    if not told:
+        return ""
+    oldest = (now - min(told)).total_seconds()
     return (
-        '<div class="wide" role="region" aria-label="All machines" tabindex="0"><table>'
-        "<caption>All machines, gravest first</caption><thead><tr>"
-        '<th scope="col">Machine</th><th scope="col">Health</th><th scope="col" class="n">RPO</th>'
-        '<th scope="col" class="n">Wanted</th><th scope="col" class="n">Missed</th><th scope="col">Readiness</th>'
-        f'<th scope="col">Last drill</th><th scope="col">Why</th></tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<p class="soft">{len(told)} of them as their agents wrote down, at most {duration_text(max(0.0, oldest))} '
+        "before this page was made; the others were looked at.</p>"
     )
 
 
-def _fleet_row(number: int, one: Assessment) -> str:
+def _undetailed(rest: int) -> str:
+    if rest <= 0:
+        return ""
+    return (
+        f"<p>{rest} more machines have a row above and no section here: those that stand first are the gravest. "
+        "Ask for a machine by its name to see all about it.</p>"
+    )
+
+
+def _fleet_tables(ordered: Sequence[tuple[int, Assessment]]) -> Iterator[str]:
+    """Yield one table; of very many machines one of the gravest, and the rest folded, so that a browser lays it out."""
+    if not ordered:
+        yield "<p>No machine is protected in this store yet.</p>"
+    elif len(ordered) <= MOST_DETAILED:
+        yield _fleet_table(ordered, "All machines, gravest first", ordered)
+    else:
+        detailed = ordered[:MOST_DETAILED]
+        yield _fleet_table(ordered[:MOST_IN_TABLE], f"The {MOST_IN_TABLE} gravest of {len(ordered)} machines", detailed)
+        for start in range(MOST_IN_TABLE, len(ordered), MOST_IN_TABLE):
+            rows = ordered[start : start + MOST_IN_TABLE]
+            label = f"Machines {start + 1} to {start + len(rows)} of {len(ordered)}"
+            count = ", ".join(
+                f"{number} {severity.value}"
+                for severity in reversed(Severity)
+                if (number := sum(one.health is severity for _, one in rows))
+            )
+            first, last = rows[0][1].seen.name, rows[-1][1].seen.name
+            yield (
+                f'<details class="vm"><summary><h3>{label}</h3><span class="soft">{count}; from {_text(first)} to '
+                f"{_text(last)}</span></summary>{_fleet_table(rows, label, detailed)}</details>"
+            )
+
+
+def _fleet_table(rows: Sequence[tuple[int, Assessment]], label: str, detailed: Sequence[tuple[int, Assessment]]) -> str:
+    with_section = {number for number, _ in detailed}
+    shown = "".join(_fleet_row(number, one, is_detailed=number in with_section) for number, one in rows)
+    return (
+        f'<div class="wide" role="region" aria-label="{label}" tabindex="0"><table>'
+        f"<caption>{label}</caption><thead><tr>"
+        '<th scope="col">Machine</th><th scope="col">Health</th><th scope="col" class="n">RPO</th>'
+        '<th scope="col" class="n">Wanted</th><th scope="col" class="n">Missed</th><th scope="col">Readiness</th>'
+        f'<th scope="col">Last drill</th><th scope="col">Why</th></tr></thead><tbody>{shown}</tbody></table></div>'
+    )
+
+
+def _fleet_row(number: int, one: Assessment, *, is_detailed: bool) -> str:
     seen = one.seen
+    name = f'<a href="#vm-{number}">{_text(seen.name)}</a>' if is_detailed else _text(seen.name)
     wanted, missed = duration_text(seen.interval_seconds), f"{one.statistics.missed_percent:.0f} %"
     drill = _drill_text(seen.last_drill)
     if seen.unread is not None:
         wanted = missed = drill = ""
     why = ", ".join(reason.rule_id for reason in one.reasons)
     return (
-        f'<tr><th scope="row"><a href="#vm-{number}">{_text(seen.name)}</a></th>'
+        f'<tr><th scope="row">{name}</th>'
         f"<td>{_tag(one.health.value, _TONE[one.health])}</td>"
         f'<td class="n">{_rpo_text(one)}</td><td class="n">{wanted}</td><td class="n">{missed}</td>'
         f"<td>{_tag(one.readiness.value, _READY_TONE[one.readiness])}</td>"
@@ -201,6 +249,7 @@ def _facts(one: Assessment) -> str:
         ("Retention rule", seen.retention or "the default"),
         ("Encrypted", "yes" if seen.encrypted else "no"),
         ("Source host", seen.source_host or "none yet"),
+        *_told_by(seen),
         (
             "Last verification",
             f"{seen.last_verify.result} {time_text(seen.last_verify.at)}" if seen.last_verify else "never",
@@ -221,6 +270,15 @@ def _facts(one: Assessment) -> str:
         facts.append(("Free space", f"{bytes_text(seen.free_space.free_bytes)} ({seen.free_space.percent:.0f} %)"))
     shown = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts)
     return f'<h4>Facts</h4><dl class="facts">{shown}</dl>'
+
+
+def _told_by(seen: Observation) -> Iterator[tuple[str, str]]:
+    note = seen.agent
+    if note is None or seen.as_of is None:
+        return
+    yield "Told by", f"the agent on {note.host_name}, {time_text(seen.as_of)}"
+    going = note.state if not note.failures else f"{note.state}, {note.failures} failures in a row"
+    yield "Its cycles", f"{going}: {note.error}" if note.error else going
 
 
 def _drills(seen: Observation) -> str:
