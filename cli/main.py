@@ -38,6 +38,7 @@ COMMANDS: dict[str, LazyCommand] = {
     "reprotect": LazyCommand("cli.failback:reprotect", "Replicate a VM from its recovery machine."),
     "failback": LazyCommand("cli.failback:failback", "Bring a VM home, with only what has changed."),
     "adopt": LazyCommand("cli.failback:adopt", "Join a VM that came back with a new id to its history."),
+    "plan": LazyCommand("cli.plan:plan", "Run recovery plans: many VMs, in an order that is written down."),
     "drill": LazyCommand("cli.drill:drill", "Start a VM in a network of its own, check it, remove it."),
     "evidence": LazyCommand("cli.evidence:evidence", "Verify what drills left as evidence."),
     "verify": LazyCommand("cli.damage:verify", "Verify recovery points without changing anything."),

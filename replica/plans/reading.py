@@ -63,17 +63,21 @@ _ACTION_KEYS: Final = (*_WAYS, "name", "vm", "runs", "timeout", "repeatable", "o
 
 def load(path: Path) -> Plan:
     """Read a plan from its file. Raises ConfigurationError naming every mistake, UsageError where there is no file."""
+    plan, mistakes = read(text_of(path))
+    return required(plan, mistakes or graph.mistakes(plan), path=str(path))
+
+
+def text_of(path: Path) -> str:
+    """Return the text of a plan's file. Raises ConfigurationError, UsageError where there is no file."""
     try:
         with path.open("rb") as file:
             held = file.read(document.LARGEST_BYTES + 1)
     except OSError as error:
         raise UsageError(f"cannot read the file: {error.strerror}", path=str(path)) from error
     try:
-        text = held.decode("utf-8")
+        return held.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigurationError("a plan is text in UTF-8", path=str(path)) from error
-    plan, mistakes = read(text)
-    return required(plan, mistakes or graph.mistakes(plan), path=str(path))
 
 
 def required(plan: Plan, mistakes: Iterable[Mistake], *, path: str | None = None) -> Plan:

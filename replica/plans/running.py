@@ -21,6 +21,11 @@ from replica.stores.store import Store
 CHOOSING = frozenset({RunKind.TEST, RunKind.UNPLANNED})  # the others take the point that they make
 
 
+def keys_of(tenant: str, name: str) -> PlanKeys:
+    """Return the keys of a plan's runs. Raises UsageError."""
+    return PlanKeys(tenant, name)
+
+
 @dataclass(frozen=True, slots=True)
 class Operator:
     """Who runs plans, and with what."""
