@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import codecs
 import re
-from typing import Final, Protocol, runtime_checkable
+from typing import Final
 
 from replica.errors import PlatformError
+from replica.platforms.console import PIECE_BYTES, HasConsole
 from replica.platforms.platform import Platform
-from replica.platforms.qemu import QemuPlatform
-from replica.platforms.qemu.files import QemuFiles
 
-PIECE_BYTES: Final = 1 << 20
 MOST_PIECES: Final = 16  # at one look: a guest may write faster than anybody reads
 LONGEST_LINE: Final = 4096
 LAST_LINES: Final = 20
-
-
-@runtime_checkable
-class HasConsole(Protocol):
-    """A platform that keeps what its machines say."""
-
-    def console(self, name: str) -> str:
-        """Return what the guest said on its serial port."""
 
 
 class Console:
     """The console of one machine, from its beginning on. Raises PlatformError where the platform keeps none."""
 
     def __init__(self, platform: Platform, name: str) -> None:
-        if not isinstance(platform, (QemuPlatform, HasConsole)):
+        if not isinstance(platform, HasConsole):
             raise PlatformError("this platform keeps nothing of what its machines say on their serial ports")
-        self._platform: QemuPlatform | HasConsole = platform
+        self._platform: HasConsole = platform
         self._name = name
         self._offset = 0
         self._open_line = ""
@@ -55,17 +45,6 @@ class Console:
 
     def _piece(self) -> tuple[str, bool]:
         """Return what comes next, and whether that is all for now."""
-        if not isinstance(self._platform, QemuPlatform):
-            piece = self._platform.console(self._name)[self._offset : self._offset + PIECE_BYTES]
-            self._offset += len(piece)
-            return piece, len(piece) < PIECE_BYTES
-        folder = self._platform.folder(self._name)
-        with folder.errors("read the console"):
-            path = QemuFiles(folder).console
-            if not path.exists():
-                return "", True
-            with path.open("rb") as file:
-                file.seek(self._offset)
-                held = file.read(PIECE_BYTES)
+        held = self._platform.said(self._name, self._offset)
         self._offset += len(held)
         return self._decoder.decode(held), len(held) < PIECE_BYTES

@@ -12,6 +12,7 @@ from replica.drills.recording import Recorded, drill
 from replica.errors import PlatformError
 from replica.failover.failover import Order
 from replica.failover.means import Means
+from replica.platforms.console import PIECE_BYTES
 from replica.platforms.platform import GuestChannel, Power
 from tests.support.engine import FakeClock
 from tests.support.failover import Site
@@ -82,6 +83,9 @@ class GuestPlatform(FakePlatform):
         if self.ends_by_itself:
             self.hypervisor.machines[name].power = Power.OFF
         return "SeaBIOS\r\n" + (f"{self.guest.says}\r\n" if self.guest is not None and self.guest.is_up else "")
+
+    def said(self, name: str, start_bytes: int) -> bytes:
+        return self.console(name).encode()[start_bytes : start_bytes + PIECE_BYTES]
 
 
 @dataclass(slots=True)

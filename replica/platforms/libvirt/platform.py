@@ -23,6 +23,7 @@ from replica.libvirt.virsh import Virsh, VirshError, VirshRefusedError
 from replica.model import Identity
 from replica.platforms import overlay, servant
 from replica.platforms.channel import AgentChannel
+from replica.platforms.console import last_of, piece_of
 from replica.platforms.folder import MachineFolder, MachineFolders
 from replica.platforms.libvirt import agent, domain, hydration
 from replica.platforms.libvirt.access import READ, WRITE, QemuUser
@@ -300,11 +301,16 @@ class LibvirtPlatform:
                 screen.unlink(missing_ok=True)
 
     def console(self, name: str) -> str:
-        """Return what the guest said on its serial port."""
+        """Return the last of what the guest said on its serial port; see ``replica.platforms.console``."""
         folder = self.folder(name)
         with folder.errors("read the console"):
-            path = LibvirtFiles(folder).console
-            return path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
+            return last_of(LibvirtFiles(folder).console)
+
+    def said(self, name: str, start_bytes: int) -> bytes:
+        """Return what the guest said on its serial port from there on; see ``replica.platforms.console``."""
+        folder = self.folder(name)
+        with folder.errors("read the console"):
+            return piece_of(LibvirtFiles(folder).console, start_bytes)
 
     def identity(self, name: str) -> Identity:
         """Return by what libvirt, the guest and the network know the machine. Raises PlatformError."""

@@ -22,6 +22,7 @@ from replica.model import Identity
 from replica.monitor import Monitor, MonitorError, MonitorGoneError
 from replica.platforms import overlay, servant
 from replica.platforms.channel import AgentChannel
+from replica.platforms.console import last_of, piece_of
 from replica.platforms.folder import MachineFolder, MachineFolders
 from replica.platforms.platform import DiskState, MachineSpec, PlatformName, Power
 from replica.platforms.qemu import hydration
@@ -262,11 +263,16 @@ class QemuPlatform:
                 files.screen.unlink(missing_ok=True)
 
     def console(self, name: str) -> str:
-        """Return what the guest said on its serial port."""
+        """Return the last of what the guest said on its serial port; see ``replica.platforms.console``."""
         folder = self.folder(name)
         with folder.errors("read the console"):
-            path = QemuFiles(folder).console
-            return path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
+            return last_of(QemuFiles(folder).console)
+
+    def said(self, name: str, start_bytes: int) -> bytes:
+        """Return what the guest said on its serial port from there on; see ``replica.platforms.console``."""
+        folder = self.folder(name)
+        with folder.errors("read the console"):
+            return piece_of(QemuFiles(folder).console, start_bytes)
 
     def identity(self, name: str) -> Identity:
         """Return by what the machine is known. Raises PlatformError."""
