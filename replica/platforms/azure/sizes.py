@@ -84,13 +84,16 @@ def check_disks(spec: MachineSpec) -> None:
     first = spec.disks[0].number
     mistakes: list[str] = []
     for disk in spec.disks:
-        gib = f"{aligned_size(disk.size) / GIB:.4g} GiB"
         if disk.sector_size != 512:
             mistakes.append(f"disk {disk.number} has sectors of {disk.sector_size} bytes, and a VHD has 512")
         elif aligned_size(disk.size) > LARGEST_DISK_BYTES:
-            mistakes.append(f"disk {disk.number} has {gib}, and a page blob becomes a disk of 4095 GiB at most")
+            mistakes.append(
+                f"disk {disk.number} has {disk.size} bytes, and a page blob becomes a disk of 4095 GiB at most"
+            )
         elif disk.number == first and spec.machine.generation == 1 and disk.size > LARGEST_BIOS_DISK_BYTES:
-            mistakes.append(f"disk {disk.number} has {gib}, and a machine of Generation 1 starts from 2048 GiB at most")
+            mistakes.append(
+                f"disk {disk.number} has {disk.size} bytes, and a machine of Generation 1 starts from 2048 GiB at most"
+            )
     if mistakes:
         raise PlatformError(
             f"Azure does not take the disks of {spec.vm_name}: {'; '.join(mistakes)}",

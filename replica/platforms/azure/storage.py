@@ -159,10 +159,16 @@ class AzurePageBlob:
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Yield the half-open ranges of pages that were written, in order."""
+        start = end = 0
         with _told(self._url, "list its pages"):
             for one in self._client.list_page_ranges(results_per_page=RANGES_PER_ANSWER):
-                if not one.cleared and one.start is not None and one.end is not None:
-                    yield one.start, one.end + 1
+                if one.cleared or one.start is None or one.end is None:
+                    continue
+                if one.start != end and start < end:
+                    yield start, end
+                start, end = one.start if one.start != end else start, one.end + 1
+        if start < end:
+            yield start, end
 
     def read(self, offset: int, length: int) -> bytes:
         """Return bytes of it."""

@@ -62,7 +62,7 @@ class PageBlob(Protocol):
         """Replace what is noted with it."""
 
     def ranges(self) -> Iterator[tuple[int, int]]:
-        """Yield the half-open ranges of pages that were written, in order."""
+        """Yield the half-open ranges of pages that were written, in order, with something between any two."""
 
     def read(self, offset: int, length: int) -> bytes:
         """Return bytes of it."""
