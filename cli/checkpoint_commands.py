@@ -73,7 +73,7 @@ def _every_vm(session: Session) -> list[str]:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="How many files stay above the first: the newest, which is never merged, and those beneath it.",
+    help="How many AVHDX files stay: the newest, which is never merged, and those beneath it.",
 )
 @click.option("--older-than", type=Duration(), help="Merge only files last written to longer ago, such as 7d.")
 @click.option(
@@ -100,11 +100,12 @@ def merge(
     *,
     session: Session,
 ) -> None:
-    """Merge the older files of the chains of the VM NAME, or of the disks PATH, into the first; the newest stays.
+    """Merge the older checkpoint files of the VM NAME, or of the disks PATH, into the disk that they are of.
 
     The VM must be off. All disks named are merged to the same depth, or none where one cannot be. The newest file
-    keeps its name and what it reads as. Safe to be cut off: run it again. Checkpoints that Hyper-V lists are to be
-    deleted there, which merges their files: what its configurations name is refused.
+    stays, with its name and what it reads as; a template beneath the disk is left alone. Safe to be cut off: run it
+    again. Checkpoints that Hyper-V lists are to be deleted there, which merges their files: what one of its
+    configurations names is refused.
     """
     paths: list[Path] = []
     for one in names:

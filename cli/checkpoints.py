@@ -8,7 +8,9 @@ from cli.lazy import LazyCommand, LazyGroup
 
 CHECKPOINT_COMMANDS: dict[str, LazyCommand] = {
     "list": LazyCommand("cli.checkpoint_commands:list_", "Show the chains of a VM's disks; 'list' may be left out."),
-    "merge": LazyCommand("cli.checkpoint_commands:merge", "Merge all but the newest files of chains, with the VM off."),
+    "merge": LazyCommand(
+        "cli.checkpoint_commands:merge", "Merge all but the newest checkpoint files, with the VM off."
+    ),
 }
 
 

@@ -121,6 +121,7 @@ def point_document(point: Point) -> dict[str, Any]:
                 "digest": str(disk.digest),
                 "found_by": disk.source.get("found_by"),
                 "because": disk.source.get("because"),
+                "newer_files": disk.source[ABOVE].split("\n") if ABOVE in disk.source else [],
             }
             for disk in point.disks
         ],

@@ -1,4 +1,7 @@
-"""Merging the older files of a chain into the one that has no parent, so that the newest stays and reads the same.
+"""Merging a disk's older checkpoint files into the disk, so that the newest stays and reads the same.
+
+Checkpoints are the AVHDX files that stand on each other at the chain's end; the disk is the file beneath them. It may
+have a parent itself, as a clone has its template: that one, and what else there is beneath, is not the checkpoints'.
 
 It is a sequence of merges of one file into its parent (``vhdx.merge``), the oldest first: so each file's data are
 written once, each leaves a chain that is whole and one file shorter, and whatever is cut off is finished by asking
@@ -11,6 +14,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
@@ -24,11 +28,12 @@ from vhdx.family import Family, read_family
 from vhdx.merge import merge_has_begun, merge_into_parent
 from vhdx.osfile import OS_FILES, File, Files, translated
 from vhdx.progress import Progress, silent
-from vhdx.structures import PayloadState
+from vhdx.structures import MIB, PayloadState
 from vhdx.survey import chain_folders, require_vhdx
 from vhdx.vhdx import VhdxDisk
 from vhdx.windows import length_of
 
+AUTOMATIC: Final = ".avhdx"  # the ending of the files that Hyper-V makes at checkpoints; others are made on purpose
 WINDOW_BLOCKS: Final = 1 << 16
 PRESENT: Final = (PayloadState.FULLY_PRESENT, PayloadState.PARTIALLY_PRESENT)
 TABLES_BYTES: Final = 16 << 20  # room for what a merge may change beside payload: tables, bitmaps, a longer BAT
@@ -39,8 +44,9 @@ GROWS_BY_BLOCKS: Final = os.name == "nt"  # elsewhere a file that is made longer
 class ChainMerge:
     """What is to be done to a chain. Files are listed in the order in which they are merged, each into its parent.
 
-    ``finished`` are merges that were cut off, which come first; ``merged`` then go into ``target``; ``kept`` stay,
-    the newest first. ``data_bytes`` are written at most, ``growth_bytes`` the room that it takes at its worst.
+    ``finished`` are merges that were cut off, which come first; ``merged`` then go into ``target``, the disk that the
+    checkpoints are of; ``kept`` stay above it, the newest first. ``data_bytes`` are written at most, ``growth_bytes``
+    is the room that it takes at its worst.
     """
 
     path: Path
@@ -59,7 +65,7 @@ class ChainMerge:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All files that there are now, the newest first."""
+        """All files from the newest down to the target, as they are now."""
         return (*self.kept, *reversed(self.merged), *self.finished, self.target)
 
 
@@ -71,7 +77,7 @@ def plan_chain_merge(
     allowed_folders: Sequence[Path | str] = (),
     files: Files = OS_FILES,
 ) -> ChainMerge:
-    """Say what merging would do so that ``keep`` differencing files stay, one at the least: the newest is never merged.
+    """Say what merging would do so that ``keep`` checkpoint files stay, one at the least: the newest is never merged.
 
     ``modified_before``, seconds since 1970: only files that were last written to before are merged, up to the oldest
     that was not. Merges that were cut off are finished in any case.
@@ -94,33 +100,36 @@ def plan_chain_merge(
         paths = [link.path for link in chain]
         family = read_family(chain_folders(paths, allowed_folders), paths=paths, files=files)
         _refuse_above(path, family)
-        if len(chain) > 1 and merge_has_begun(disk):
+        automatic = list(takewhile(lambda link: link.path.suffix.lower() == AUTOMATIC, chain[:-1]))
+        target = chain[len(automatic)]
+        if automatic and merge_has_begun(disk):
             raise ParentError(
                 "a merge of this file into its parent was begun and cut off",
                 path=str(path),
                 hint=f"finish it: godwit disk merge {path}",
             )
-        begun = [link.path for link in chain[1:-1] if merge_has_begun(link)]
-        left_over = _left_over(paths, family, allowed_folders, files)
-        staying = [link for link in chain[:-1] if link.path not in begun]
+        begun = [link.path for link in automatic[1:] if merge_has_begun(link)]
+        ours = paths[: len(automatic) + 1]
+        left_over = _left_over(ours, family, allowed_folders, files)
+        staying = [link for link in automatic if link.path not in begun]
         merged = list(reversed(staying[keep:]))
         if modified_before is not None:
             merged = _older(merged, modified_before)
         finished = (*left_over, *reversed(begun))
         if merged:
-            _refuse_branches([*merged, chain[-1]], paths, left_over, family)
-            _refuse_smaller(chain[-1], merged)
+            _refuse_branches([*merged, target], paths, left_over, family)
+            _refuse_smaller(target, merged)
         kept = tuple(link.path for link in staying if link not in merged)
-        sources = [link for link in reversed(chain[1:-1]) if link in merged or link.path in begun]
+        sources = [link for link in reversed(automatic) if link in merged or link.path in begun]
         taken = [_taken(link.path) for link in sources]
         return ChainMerge(
             path=path,
             finished=finished,
             merged=tuple(link.path for link in merged),
-            target=paths[-1],
+            target=target.path,
             kept=kept,
             data_bytes=sum(length_of(link.stored()) for link in sources),
-            growth_bytes=_growth(chain[-1], sources, taken) if sources else 0,
+            growth_bytes=_growth(target, sources, taken) if sources else 0,
             freed_bytes=sum(taken) + sum(_taken(one) for one in left_over),
         )
 
@@ -227,13 +236,16 @@ def _growth(target: VhdxDisk, sources: Sequence[VhdxDisk], taken: Sequence[int])
     new_blocks = _new_blocks(target, sources)
     file_size, storage_size = file_sizes(target.path)
     is_sparse = storage_size is not None and storage_size < file_size
+    tables = TABLES_BYTES
+    if target.image.geometry.has_parent:  # it may need a sector bitmap, 1 MiB, for each chunk of 2^23 sectors
+        tables += -(-target.size // (target.sector_size << 23)) * MIB
     peak = total = 0
     for source, blocks, freed in zip(sources, new_blocks, taken, strict=True):
         grown = blocks * block_size
         if not GROWS_BY_BLOCKS:
             data = length_of(source.stored())
             grown = data if is_sparse else min(grown, data)
-        total += grown + TABLES_BYTES
+        total += grown + tables
         peak = max(peak, total)
         total -= freed if _device(source.path) == _device(target.path) else 0
     return max(0, peak)

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Final
 
 from replica import catalog
 from replica.catalog import ProtectedVm
@@ -26,12 +25,10 @@ from vhdx.merge_chain import ChainMerge, held, merge_chain, plan_chain_merge
 from vhdx.osfile import OS_FILES, Files
 from vhdx.progress import Progress, silent
 
-AUTOMATIC: Final = ".avhdx"  # what Hyper-V calls the files of its checkpoints
-
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What stays: the newest ``keep`` differencing files, and of the older those written to since ``before``."""
+    """What stays: the newest ``keep`` checkpoint files, and of the older those written to since ``before``."""
 
     keep: int = 1
     before: datetime | None = None
@@ -184,8 +181,7 @@ def _warnings(merges: Sequence[ChainMerge], records: Records) -> list[str]:
     warnings = [
         f"{path} could not be read: whether it names a file of these is not known" for path in records.unreadable
     ]
-    automatic = [one for disk in merges for one in disk.steps if one.suffix.lower() == AUTOMATIC]
-    if automatic and not records.configurations:
+    if any(disk.steps for disk in merges) and not records.configurations:
         warnings.append(
             "AVHDX files are of Hyper-V's checkpoints, and no configuration of it was found from here. If Hyper-V "
             "lists checkpoints of the VM, merging their files leaves those without their disks: on the host, with the "

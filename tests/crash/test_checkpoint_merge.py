@@ -62,10 +62,10 @@ def merge_all(top: Path, files: Files = OS_FILES, *, keep: int = 1) -> None:
         merge_chain(plan, files=locked)
 
 
-@pytest.mark.parametrize("keep", [1, 2])
 def test_a_crash_at_any_write_leaves_the_same_reading_and_is_finished_by_merging_again(
-    source: Path, crashed: Path, keep: int
+    source: Path, crashed: Path
 ) -> None:
+    keep = 1
     paths = make_chain(source, 3 + keep)
     contents = [read(path) for path in paths]
     kept = paths[-keep:]
@@ -75,7 +75,7 @@ def test_a_crash_at_any_write_leaves_the_same_reading_and_is_finished_by_merging
     removed = sum(effect.kind == "remove" for effect in record.effects)
     assert removed == 2
     states: set[tuple[int, bool, bool]] = set()
-    for count, point in enumerate(crash_points(record, seeds=2 - keep)):
+    for count, point in enumerate(crash_points(record, seeds=1)):
         point.write_to(crashed)
         here = [crashed / path.name for path in paths]
         for number in range(3, 3 + keep):

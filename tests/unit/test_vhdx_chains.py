@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -301,6 +302,22 @@ def test_a_link_smaller_than_what_it_would_go_into_is_refused_before_anything_ch
     assert [path.read_bytes() for path in chain] == before
     merge(chain[3], keep=2)  # the larger one goes into a smaller, which grows
     assert len(read(chain[3])) == 4 * MIB
+
+
+def test_a_template_beneath_a_clone_is_not_merged_into(base: Path) -> None:
+    clone = child_of(base, "clone.vhdx", offset=MIB)
+    other = child_of(base, "other.vhdx", offset=MIB)
+    assert plan_chain_merge(clone).steps == ()
+    first = child_of(clone, "c1.avhdx", offset=2 * MIB)
+    top = child_of(first, "c2.avhdx", offset=3 * MIB)
+    contents = read(base), read(other), read(top)
+    with closing(open_file(base, writable=True)):  # in use by somebody else's clone, for all we know
+        plan = plan_chain_merge(top)
+        assert (plan.merged, plan.target, plan.kept) == ((first,), clone, (top,))
+        assert base not in plan.files
+        merge(top)
+    assert (read(base), read(other), read(top)) == contents
+    assert [link.path for link in survey_chain(top).links] == [top, clone, base]
 
 
 def test_broken_chains_are_refused(chain: list[Path]) -> None:
