@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -75,6 +75,16 @@ def run(means: Means, order: Order, terms: Terms) -> Drill:
     Raises UsageError, StandingError, ConfigurationError, TenantKeyError and LeaseHeldError where it cannot even be
     begun; whatever goes wrong later is a reason why it failed.
     """
+    with trying(means, order, terms) as begin:
+        return begin().run()
+
+
+@contextlib.contextmanager
+def trying(means: Means, order: Order, terms: Terms) -> Iterator[Callable[[], Trial]]:
+    """Give what begins a trial of the VM, while no other drill of it is made on this host.
+
+    What earlier drills left is removed first. Raises UsageError, LeaseHeldError.
+    """
     platform = order.platform or terms.platform or DEFAULT_PLATFORM
     if not means.offer(platform).starts:
         raise UsageError(
@@ -84,13 +94,13 @@ def run(means: Means, order: Order, terms: Terms) -> Drill:
     with means.host.exclusive(f"drill-{means.found.vm.vm_id}") as is_certain:
         notes = _Notes(means)
         told = notes.remove_leftovers() if is_certain else ()
-        return _Run(means, order, terms, notes).run(told)
+        yield lambda: Trial(means, order, terms, notes, told)
 
 
-class _Run:
-    """One drill, while no other of the VM is made on this host."""
+class Trial:
+    """One VM being tried: started, looked at, removed. Its clock runs from when it is made."""
 
-    def __init__(self, means: Means, order: Order, terms: Terms, notes: _Notes) -> None:
+    def __init__(self, means: Means, order: Order, terms: Terms, notes: _Notes, told: tuple[str, ...]) -> None:
         self._means = replace(
             means,
             open_platform=lambda name: WatchedPlatform(means.open_platform(name), self._about_to_start),
@@ -100,70 +110,72 @@ class _Run:
         self._order = order
         self._terms = terms
         self._notes = notes
+        self._told = told
         self._begun_at = means.host.clock.now()
         self._watch = Stopwatch(means.host.clock)
         self._begun = means.host.clock.monotonic()
-        self._machine: RecoveryMachine | None = None
+        self.machine: RecoveryMachine | None = None
         self._point: Point | None = None
         self._passed_over: tuple[PassedOver, ...] = ()
-        self._reasons: list[str] = []
+        self.reasons: list[str] = []
         self._outcomes: list[Outcome] = []
-        self._rto: float | None = None
+        self.answered_at: float | None = None  # by the host's monotonic clock
         self._picture: bytes | None = None
+        self._cleaned = False
 
-    def run(self, told: tuple[str, ...]) -> Drill:
+    def run(self) -> Drill:
         """Make the drill."""
-        cleaned = False
         try:
-            if self._start():
-                self._look()
+            if self.start():
+                self.look()
         finally:
-            self._watch.enter(Phase.CLEANUP)
-            trouble = self._clean_up()
-            self._watch.end()
-            cleaned = trouble is None
-        if trouble is not None:
-            self._reasons.append(f"cleanup: {trouble}")
+            self.clean_up()
+        return self.drill()
+
+    def drill(self) -> Drill:
+        """Return what was seen."""
+        answered = self.answered_at
         return Drill(
             begun_at=self._begun_at,
             ended_at=self._means.host.clock.now(),
             platform=self._order.platform or DEFAULT_PLATFORM,
-            reasons=tuple(self._reasons),
+            reasons=tuple(self.reasons),
             wanted_point=self._order.point,
             point=self._point,
-            machine=self._machine,
+            machine=self.machine,
             passed_over=self._passed_over,
             timings=self._watch.timings,
-            rto_seconds=self._rto,
+            rto_seconds=None if answered is None else round(answered - self._begun, 3),
             outcomes=tuple(self._outcomes),
-            cleaned=cleaned,
+            cleaned=self._cleaned,
             picture=self._picture,
-            notes=told,
+            notes=self._told,
         )
 
     def _about_to_make(self, machine: RecoveryMachine, point: Point) -> None:
-        self._machine, self._point = machine, point
+        self.machine, self._point = machine, point
         self._notes.write(machine.name)
         self._watch.enter(Phase.DEFINE)
 
     def _about_to_start(self) -> None:
         self._watch.enter(Phase.START)
 
-    def _start(self) -> bool:
-        """Have the machine started; False, with the reason, where it is not."""
+    def start(self) -> bool:
+        """Have the machine started; False, with the reason, where it is not. Raises what keeps it from being begun."""
         try:
             done = failing_over.failover(self._means, self._order)
         except (GodwitError, ConversionError, DiskError) as error:
-            if self._machine is None and isinstance(error, _REFUSALS):
+            if self.machine is None and isinstance(error, _REFUSALS):
                 raise
-            self._reasons.append(f"{self._watch.phase.value}: {error}")
+            self.reasons.append(f"{self._watch.phase.value}: {error}")
             return False
-        self._machine, self._passed_over = done.machine, done.passed_over
+        self.machine, self._passed_over = done.machine, done.passed_over
         self._watch.enter(Phase.ANSWER)
         return True
 
-    def _look(self) -> None:
-        assert self._machine is not None
+    def look(self) -> None:
+        """Make the checks of a machine that was started."""
+        assert self.machine is not None
         assert self._point is not None, "the provider was asked for its disks"
         if self._order.point is None:
             self._outcomes.append(_newest(self._point, self._passed_over))
@@ -172,8 +184,8 @@ class _Run:
             self._means.host,
             self._means.found,
             self._point,
-            self._bare.platform_of(self._machine),
-            self._machine.name,
+            self._bare.platform_of(self.machine),
+            self.machine.name,
             self._begun + self._terms.timeout_seconds,
             self._means.sleep,
             self._means.workers,
@@ -186,21 +198,24 @@ class _Run:
             with contextlib.suppress(GodwitError):  # nobody asked for it, but it may tell what went wrong
                 examiner.take_picture()
         self._picture = examiner.picture
-        if examiner.answered_at is None:
-            self._reasons.append("the guest did not answer")
-        else:
-            self._rto = round(examiner.answered_at - self._begun, 3)
-        self._reasons += [f"{one.name}: {one.observed}" for one in self._outcomes if one.stands_against]
+        self.answered_at = examiner.answered_at
+        if self.answered_at is None:
+            self.reasons.append("the guest did not answer")
+        self.reasons += [f"{one.name}: {one.observed}" for one in self._outcomes if one.stands_against]
 
-    def _clean_up(self) -> str | None:
-        """Remove the machine; return why it is still there, if it is."""
-        if self._machine is None:
-            return None
+    def clean_up(self) -> None:
+        """Remove the machine; what keeps it there is a reason why the drill failed."""
+        self._watch.enter(Phase.CLEANUP)
+        trouble = None
         try:
-            self._notes.remove_machine(self._machine)
+            if self.machine is not None:
+                self._notes.remove_machine(self.machine)
         except GodwitError as error:
-            return str(error)
-        return None
+            trouble = str(error)
+        self._watch.end()
+        self._cleaned = trouble is None
+        if trouble is not None:
+            self.reasons.append(f"cleanup: {trouble}")
 
 
 class _Notes:
