@@ -13,6 +13,7 @@ from replica.errors import PlatformError
 from replica.model import Nic
 from replica.platforms import servant
 from replica.platforms.files import FilesPlatform
+from replica.platforms.hyperv import starting
 from replica.platforms.platform import DiskSpec, MachineSpec, Power
 from tests.support import running_qemu
 from tests.support.recovery import Recovery
@@ -62,13 +63,9 @@ def test_from_files_too_and_with_the_lines_that_make_the_machine(tmp_path: Path)
     with pytest.raises(PlatformError, match="a hypervisor is needed") as caught:
         platform.start(NAME)
     path = platform.folder(NAME).path
-    assert str(caught.value.hint) == (
-        "New-VM -Name 'it''s web' -Generation 2 -MemoryStartupBytes 64MB -VHDPath "
-        f"'{path}/disk-0.vhdx'; Set-VMProcessor -VMName 'it''s web' -Count 1; "
-        "Set-VMFirmware -VMName 'it''s web' -EnableSecureBoot Off; "
-        f"Add-VMHardDiskDrive -VMName 'it''s web' -Path '{path}/disk-1.vhdx'; "
-        "Set-VMNetworkAdapter -VMName 'it''s web' -StaticMacAddress 525400123456; Start-VM -Name 'it''s web'"
-    )
+    assert "start-on-hyperv.ps1 -Switch NAME" in str(caught.value.hint) and str(path) in str(caught.value.hint)
+    script = (path / "start-on-hyperv.ps1").read_text("ascii")
+    assert script == starting.script(spec)  # what it does: tests/unit/test_hyperv_platform.py
     assert (path / "START.txt").read_text().strip() == caught.value.hint
     with pytest.raises(PlatformError, match="not known here"):
         platform.stop(NAME)

@@ -3,15 +3,14 @@
 It knows what Microsoft documents: recovery checkpoints freeze the files beneath them; of one, and only of one, a
 reference point can be made, which takes the checkpoint away and merges its disks; change tracking tells what was
 written since a reference point, or refuses where it does not know it. What it cannot know is whether Hyper-V keeps to
-that, and whether the PowerShell in our scripts does what the handlers here do instead: no script is executed.
+that. The scripts of recovery machines are executed (``tests.support.fake_hyperv_cmdlets``); those of the change source
+are not, and whether the PowerShell in them does what the handlers here do instead is not known.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import re
-import struct
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,11 +19,13 @@ from typing import Any
 
 from replica.hyperv import scripts
 from replica.hyperv.session import SessionError
+from replica.platforms.hyperv import scripts as recovery
 from vhdx.create import create_disk
 from vhdx.writer import open_writable
 
 RECOVERY, STANDARD = "Recovery", "Standard"
 GRAIN = 4096  # what change tracking rounds to
+GUEST_SERVICE = "6C09BB55-D683-4DA0-8931-C9BF705F6480"
 _IDE = "83F8638B-8DCA-4152-9EDA-2CA8B33039B4"
 _DECLARED = re.compile(r"\[Parameter\(Mandatory = \$true\)\] \[AllowEmptyString\(\)\] \[string\]\$(\w+)")
 
@@ -129,6 +130,20 @@ class ReferencePoint:
 
 
 @dataclass
+class FakeGuest:
+    """What runs in a VM. ``programs`` by name, each given its arguments as one text."""
+
+    user: str = "Administrator"
+    password: str = "guest secret"
+    windows: bool = True
+    up: bool = True
+    shuts_down_after: int = 1  # times that it is asked to; 0: never
+    has_integration: bool = True
+    files: dict[str, bytes] = field(default_factory=dict)
+    programs: dict[str, Callable[[str], tuple[int, bytes, bytes] | None]] = field(default_factory=dict)
+
+
+@dataclass
 class FakeVm:
     host: FakeHost
     guid: str
@@ -146,6 +161,17 @@ class FakeVm:
     snapshots: list[Snapshot] = field(default_factory=list)  # from the oldest to the newest, one above the other
     references: list[ReferencePoint] = field(default_factory=list)
     asked_levels: list[int] = field(default_factory=list)
+    notes: str = ""
+    path: str = ""  # of the folder with its configuration
+    held: str = ""  # Paused, Saved: neither off nor running
+    scsi: int = 1  # controllers
+    settings: dict[str, Any] = field(default_factory=dict)  # whatever cmdlets set, by their parameters
+    integration: dict[str, bool] = field(default_factory=lambda: {GUEST_SERVICE: False})
+    guest: FakeGuest = field(default_factory=FakeGuest)
+
+    @property
+    def state(self) -> str:
+        return self.held or ("Off" if self.off else "Running")
 
     def add_disk(self, name: str, size: int, *, controller: str = "SCSI", location: int | None = None) -> FakeDisk:
         path = f"C:\\VMs\\{self.guid[:4]}\\{name}.vhdx"
@@ -201,7 +227,8 @@ class FakeVm:
         self._forget_unused()
 
     def _forget_unused(self) -> None:
-        used = {one for each in (*self.snapshots, *self.references) for one in self._tracked_of(each)}
+        kept: list[Snapshot | ReferencePoint] = [*self.snapshots, *self.references]
+        used = {one for each in kept for one in self._tracked_of(each)}
         for disk in self.disks:
             disk.tracked = {one: at for one, at in disk.tracked.items() if one in used}
 
@@ -232,6 +259,12 @@ class FakeHost:
     now: int = 0
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     urls: list[str | None] = field(default_factory=list)
+    switches: list[Any] = field(default_factory=list)
+    is_2016: bool = False  # Windows Server 2016, whose Set-VM knows of no automatic checkpoints
+    memory: int = 64 << 30
+    busy: int = 0  # times that files are in use when they are to be removed
+    done: list[str] = field(default_factory=list)  # cmdlets that changed something
+    dies_at: int = 0  # the host ends before the cmdlet that would be the so-manieth of those
     before: Callable[[str, int], None] = lambda name, number: None
     after: Callable[[str, int], None] = lambda name, number: None
 
@@ -275,7 +308,7 @@ class FakeSession:
         assert timeout_seconds > 0
         if self._dead is not None:
             raise self._dead
-        known = next((one for one in scripts.ALL if one.text == script), None)
+        known = next((one for one in (*scripts.ALL, *recovery.ALL) if one.text == script), None)
         assert known is not None, "a script that was put together"
         declared = _DECLARED.findall(script.partition("\n")[0])
         assert set(declared) == set(parameters), "PowerShell wants all parameters, and knows no others"
@@ -295,13 +328,19 @@ class FakeSession:
         self.closed = True
 
     def _answer(self, script: scripts.Script, given: dict[str, str]) -> dict[str, Any]:
-        given.pop("TimeoutSeconds", None)
+        from tests.support import fake_hyperv_answers as answers  # noqa: PLC0415 - they know this module
+        from tests.support import fake_hyperv_cmdlets as cmdlets  # noqa: PLC0415
+
+        if script.name in answers.HANDLERS:
+            given.pop("TimeoutSeconds", None)
         try:
             waiting = self._host.faults.get(script.name)
             if waiting:
                 raise waiting.pop(0)
+            if script.name not in answers.HANDLERS:
+                return cmdlets.executed(self._host, script.text, given)
             return {
-                **_HANDLERS[script.name](self._host, **{_snake(name): value for name, value in given.items()}),
+                **answers.HANDLERS[script.name](self._host, **{_snake(name): value for name, value in given.items()}),
                 "godwit": 1,
             }
         except HostFaultError as fault:
@@ -331,167 +370,3 @@ def _misshapen(value: Any, quirks: set[str]) -> Any:
             return None
         return {"value": values, "Count": len(values)} if "wrapped" in quirks else values
     return value
-
-
-# -- what each script does --------------------------------------------------------------------------------------------
-
-
-def _describe(host: FakeHost, *, name: str) -> dict[str, Any]:
-    return {"machines": [_machine(one) for one in host.vms if name.casefold() in (one.name.casefold(), one.guid)]}
-
-
-def _machine(vm: FakeVm) -> dict[str, Any]:
-    return {
-        "id": vm.guid.upper(),
-        "name": vm.name,
-        "version": vm.version,
-        "generation": vm.generation,
-        "cpus": vm.cpus,
-        "startup": vm.startup,
-        "assigned": vm.assigned,
-        "dynamic": vm.dynamic,
-        "secure": vm.secure,
-        "boot": [disk.identifier(vm.guid, "D") for disk in reversed(vm.disks)] if vm.generation == 2 else [],
-        "drives": _drives(vm, vm.guid, [disk.files[-1] for disk in vm.disks]),
-        "adapters": vm.adapters,
-    }
-
-
-def _drives(vm: FakeVm, owner: str, files: list[str]) -> list[dict[str, Any]]:
-    return [
-        {
-            "controller": disk.controller,
-            "number": disk.number,
-            "location": disk.location,
-            "id": disk.identifier(owner, "D"),
-            "path": path,
-            "shared": disk.shared,
-            "physical": disk.physical,
-        }
-        for disk, path in zip(vm.disks, files, strict=True)
-    ]
-
-
-def _survey(host: FakeHost, *, vm_id: str, ledger: str) -> dict[str, Any]:
-    vm = host.vm(vm_id)
-    return {
-        "off": vm.off,
-        "version": vm.version,
-        "snapshots": vm.recovery_checkpoints(),
-        "references": [vars(one) for one in vm.references],
-        "drives": _drives(vm, vm.guid, [disk.files[-1] for disk in vm.disks]),
-        "ledger": host.ledgers.get(ledger, ""),
-    }
-
-
-def _take(host: FakeHost, *, vm_id: str, ledger: str, label: str, consistency: str) -> dict[str, Any]:
-    vm = host.vm(vm_id)
-    vm.asked_levels.append(int(consistency))
-    host.line(ledger, "taking", label)
-    made = vm.create_snapshot()
-    if host.dies_in == "take":
-        host.dies_in = ""
-        raise SessionError("the host is gone")
-    host.line(ledger, "snapshot", label, made.id)
-    return {"snapshot": made.id, "off": vm.off, "drives": _drives(vm, made.guid, made.frozen)}
-
-
-def _newest(host: FakeHost, *, vm_id: str) -> dict[str, Any]:
-    vm = host.vm(vm_id)
-    newest = vm.snapshots[-1] if vm.snapshots else None
-    files = [disk.files[-1] for disk in vm.disks] if vm.off else newest.frozen if newest else None
-    return {
-        "off": vm.off,
-        "checkpoint": newest.guid if newest else "",
-        "drives": [] if files is None else _drives(vm, vm.guid, files),
-    }
-
-
-def _changes(host: FakeHost, *, path: str, limit: str, offset: str, length: str) -> dict[str, Any]:
-    vm, disk = next((vm, disk) for vm in host.vms for disk in vm.disks if path in disk.files)
-    if limit not in disk.tracked:
-        raise HostFaultError("Refused", 0xC03A002C - (1 << 32))
-    start, length = int(offset), int(length)
-    assert length < disk.size, "documented: it must be less than the disk's size"
-    end = min(start + length, start + host.most_processed)
-    until = next((one.at for one in vm.snapshots if path in one.frozen), 1 << 62)
-    starts, lengths = [], []
-    for at, first, last in disk.log:
-        if disk.tracked[limit] <= at < until:
-            low, high = max(first // GRAIN * GRAIN, start), min(-(-last // GRAIN) * GRAIN, end)
-            if low < high:
-                starts.append(low)
-                lengths.append(high - low)
-    return {"processed": str(end - start), "starts": _packed(starts), "lengths": _packed(lengths)}
-
-
-def _packed(numbers: list[int]) -> str:
-    return base64.b64encode(struct.pack(f"<{len(numbers)}Q", *numbers)).decode()
-
-
-def _convert(host: FakeHost, *, vm_id: str, ledger: str, label: str, snapshot: str) -> dict[str, Any]:
-    vm = host.vm(vm_id)
-    found = [one for one in vm.snapshots if one.id == snapshot]
-    if not found:
-        raise HostFaultError("NotFound")
-    host.line(ledger, "converting", label, snapshot)
-    made = vm.convert(found[0])
-    if host.dies_in == "convert":
-        host.dies_in = ""
-        raise SessionError("the host is gone")
-    host.line(ledger, "reference", label, made.id)
-    return {"reference": made.id}
-
-
-def _discard(host: FakeHost, *, vm_id: str, ledger: str, snapshot: str) -> dict[str, Any]:
-    vm = host.vm(vm_id)
-    found = [one for one in vm.snapshots if one.id == snapshot]
-    for one in found:
-        vm.destroy_snapshot(one)
-    host.line(ledger, "gone", snapshot)
-    return {"removed": bool(found)}
-
-
-def _forget(host: FakeHost, *, vm_id: str, ledger: str, reference: str) -> dict[str, Any]:
-    vm = host.vm(vm_id)
-    found = [one for one in vm.references if one.id == reference]
-    for one in found:
-        vm.destroy_reference(one)
-    host.line(ledger, "gone", reference)
-    return {"removed": bool(found)}
-
-
-def _compact(host: FakeHost, *, ledger: str, text: str) -> dict[str, Any]:
-    host.ledgers[ledger] = text
-    return {}
-
-
-def _measure(host: FakeHost, *, path: str) -> dict[str, Any]:
-    return {"length": str(len(_bytes(host, path)))}
-
-
-def _read(host: FakeHost, *, path: str, offset: str, length: str) -> dict[str, Any]:
-    data = _bytes(host, path)[int(offset) : int(offset) + int(length)]
-    return {"data": base64.b64encode(data).decode()}
-
-
-def _bytes(host: FakeHost, path: str) -> bytes:
-    try:
-        return host.here(path).read_bytes()
-    except OSError:
-        raise HostFaultError("NotFound", message=f"Die Datei {path} wurde nicht gefunden.") from None
-
-
-_HANDLERS: dict[str, Callable[..., dict[str, Any]]] = {
-    scripts.DESCRIBE.name: _describe,
-    scripts.SURVEY.name: _survey,
-    scripts.TAKE.name: _take,
-    scripts.NEWEST.name: _newest,
-    scripts.CHANGES.name: _changes,
-    scripts.CONVERT.name: _convert,
-    scripts.DISCARD.name: _discard,
-    scripts.FORGET.name: _forget,
-    scripts.COMPACT.name: _compact,
-    scripts.MEASURE.name: _measure,
-    scripts.READ.name: _read,
-}
