@@ -28,6 +28,7 @@ from conversion.partition_types import (
 )
 from conversion.reconcile import reconcile, restore
 from conversion.saved_table import decode_saved_table, save_table
+from tests.support import kernel_tables
 from tests.support.gpt_disks import BOOT_CODE, SparseDisk, convert, make_disk, make_table, run
 
 KINDS = [BASIC_DATA, LINUX_DATA, LINUX_LVM, LINUX_SWAP, WINDOWS_RECOVERY, MICROSOFT_RESERVED, BIOS_BOOT, UUID(int=77)]
@@ -180,6 +181,39 @@ def test_sfdisk_and_sgdisk_agree(drawn: tuple[SparseDisk, int]) -> None:
         assert "No errors detected" in verdict, verdict
         restore(disk, reconcile(disk, saved, new_guid=no_guid))
         assert run("sgdisk", "-v", str(disk.to_file(path))) == before
+
+
+@pytest.mark.skipif(bool(kernel_tables.missing()), reason=kernel_tables.missing() or "there is a kernel to ask")
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(gpt_disks())
+@example(windows_like(12))
+@example(windows_like(5))
+@example(windows_like(4))
+def test_the_kernel_finds_the_same_partitions(drawn: tuple[SparseDisk, int]) -> None:
+    disk, boot = drawn
+    copies = read_copies(disk)
+    assert copies is not None
+    if copies.table.header.entry_size != 128:  # Linux knows no other
+        return
+    for offset, data in mended(copies):
+        disk.write_at(offset, data)
+    planned = plan_layout(
+        copies.table, sectors=copies.sectors, sector_size=512, system="windows", boot_partition=boot, core_sectors=13
+    )
+    if planned.layout is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "disk.img"
+        before = kernel_tables.partitions(disk.to_file(path))
+        assert before == {one.number: (one.first_lba, one.sectors) for one in copies.table.partitions}
+        layout, saved = convert(disk, boot=boot, system="windows", core=CORE)
+        found = kernel_tables.partitions(disk.to_file(path))
+        if layout.extended is not None:
+            start, length = found.pop(layout.extended.number)  # of its length the kernel shows a loader's room
+            assert (start, length) in ((layout.extended.first_lba, 1), (layout.extended.first_lba, 2))
+        assert found == {one.number: (one.first_lba, one.sectors) for one in layout.entries}
+        restore(disk, reconcile(disk, saved, new_guid=no_guid))
+        assert kernel_tables.partitions(disk.to_file(path)) == before
 
 
 @settings(max_examples=200, deadline=None)

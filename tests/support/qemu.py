@@ -24,6 +24,9 @@ Bus = Literal["virtio", "ide"]  # ide: as a Generation 1 machine of Hyper-V offe
 QEMU = "qemu-system-x86_64"
 READY = "GODWIT-READY"
 DONE = "GODWIT-DONE"
+# An emulated guest is up in 20 seconds on a quiet machine, and was seen to take 100 on one that was busy with others.
+PATIENCE_SECONDS = 600.0
+TAIL_LINES = 60
 OUT = "GODWIT-OUT "
 # Code and variables belong together; the second pair is where releases before Debian 12 kept them.
 OVMF_PAIRS = (
@@ -118,7 +121,7 @@ class Machine:
         """The time since QEMU was started."""
         return time.monotonic() - self._started
 
-    def wait_for(self, text: str, *, timeout_seconds: float = 240) -> str:
+    def wait_for(self, text: str, *, timeout_seconds: float = PATIENCE_SECONDS) -> str:
         """Return the console's first whole line that begins with ``text``. Raises BootError."""
         assert self._process is not None
         while True:
@@ -132,7 +135,7 @@ class Machine:
                 raise BootError(f"the machine did not say {text!r} within {timeout_seconds:.0f} s\n{self._tail()}")
             time.sleep(0.1)
 
-    def wait_off(self, *, timeout_seconds: float = 60) -> None:
+    def wait_off(self, *, timeout_seconds: float = PATIENCE_SECONDS) -> None:
         """Return once the machine has powered itself off. Raises BootError."""
         assert self._process is not None
         try:
@@ -157,7 +160,10 @@ class Machine:
     def _tail(self) -> str:
         assert self._folder is not None
         log = (self._folder / "qemu.log").read_text(errors="replace")
-        return "\n".join([*log.splitlines()[-5:], "--- console", *self.console.splitlines()[-25:]])
+        console = self.console.splitlines()
+        load = " ".join(f"{one:.1f}" for one in os.getloadavg())
+        state = f"after {self.seconds:.0f} s, the machine's load being {load}, {len(console)} lines on the console"
+        return "\n".join([state, *log.splitlines()[-5:], "--- console", *console[-TAIL_LINES:]])
 
 
 def boot(
@@ -167,7 +173,7 @@ def boot(
     image_format: str = "vhdx",
     commands: str = "true",
     keep_disk: bool = False,
-    timeout_seconds: float = 240,
+    timeout_seconds: float = PATIENCE_SECONDS,
     bus: Bus = "virtio",
 ) -> Boot:
     """Start a guest of ``tests.support.debian_guest``, let it run ``commands`` and power off.
