@@ -30,6 +30,7 @@ COMMANDS: dict[str, LazyCommand] = {
     "points": LazyCommand("cli.replication:points", "List the recovery points of a VM."),
     "checkpoints": LazyCommand("cli.checkpoints:checkpoints", "Show the chains of a VM's disks, and merge them."),
     "health": LazyCommand("cli.health:health", "Show how well the VMs are protected, and why not."),
+    "top": LazyCommand("cli.top:top", "Watch the VMs, and what this machine's agent does."),
     "restore": LazyCommand("cli.recovery:restore", "Restore disks of a VM into new files."),
     "serve": LazyCommand("cli.serving:serve", "Serve the disks of a recovery point by NBD."),
     "failover": LazyCommand("cli.failover:failover", "Start a VM elsewhere, from a recovery point."),

@@ -15,6 +15,9 @@ from cli.sizes import SIZE, human_size
 from replica import catalog, manifest
 from replica import protection as protect_disks
 from replica.catalog import ProtectedVm
+from replica.checkpoints.chains import newer_files
+from replica.daemon import localagent
+from replica.daemon.localagent import LocalAgent
 from replica.errors import GodwitError
 from replica.failover import description
 from replica.history import newest
@@ -177,6 +180,7 @@ def protect(
         )
 
     verdict = protect_disks.verdict_on(settings, session.host)
+    newer = newer_files(settings.sources)
 
     def render() -> None:
         output.line(f"{name} is protected: a recovery point is wanted every {duration_text(settings.interval_seconds)}")
@@ -188,10 +192,14 @@ def protect(
             output.note(f"could not be recovered as Generation 1: {said}")
         if origin.left_out:
             output.note(f"left out, as they cannot be protected: {', '.join(origin.left_out)}")
+        for path, files in newer.items():
+            output.note(f"{path} is not the newest of its chain: {', '.join(files)} stand above it")
+            output.note("  if the VM runs on one of them: say --update, with --disk and that path for every disk")
         output.note(f"next: godwit replicate {name} --store {store.url}")
 
     document = {
         **_settings_document(found, settings),
+        "newer_files": newer,
         "encrypted": session.vault.is_encrypted(found.keys),
         "convertibility": None if verdict is None else verdict.document(),
     }
@@ -326,9 +334,13 @@ def status(output: Output, name: str | None, *, session: Session) -> int | None:
                 raise
             rows.append({"name": one, "error": str(error)})
 
+    agent, now = _local_agent(session), session.host.clock.now()
+    told = None if agent is None else localagent.document(agent, now, name)
+    doing = None if agent is None else localagent.sentence(agent, now, name)
+
     def render() -> None:
         if name:
-            _render_status(output, rows[0])
+            _render_status(output, {**rows[0], "agent": doing})
         elif not rows:
             output.note("no VM is protected in this store yet: godwit protect NAME --disk PATH")
         else:
@@ -337,9 +349,16 @@ def status(output: Output, name: str | None, *, session: Session) -> int | None:
                 [_status_row(row) for row in rows],
                 right=(1, 2, 3, 4, 5),
             )
+        if doing is not None and not name:
+            output.note(f"agent on this machine: {doing}")
 
-    output.show(rows[0] if name else {"vms": rows}, render)
+    output.show({**rows[0], "agent": told} if name else {"vms": rows, "agent": told}, render)
     return 3 if any("error" in row for row in rows) else None
+
+
+def _local_agent(session: Session) -> LocalAgent | None:
+    configuration = session.configuration
+    return localagent.read(session.host.state_folder, configuration.store, configuration.tenant)
 
 
 def _status_of(store: Store, session: Session, name: str) -> dict[str, Any]:
@@ -407,6 +426,7 @@ def _render_status(output: Output, row: dict[str, Any]) -> None:
             ),
             ("disks", [f"{disk['number']}: {disk['path']}" for disk in row["disks"]]),
             ("conversion", None if row["newest_point"] is None else convertibility.lines(row["convertibility"])),
+            ("agent here", row["agent"]),
             *description.lines(row),
         ]
     )

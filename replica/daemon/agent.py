@@ -203,6 +203,8 @@ class Agent:
         if self._purpose.care:
             moments.append(self._caring.next_due())
         pauses = [moment - now for moment in moments if moment is not None]
+        if self._purpose.status_folder is not None and self.under_way(Task.CYCLE):
+            pauses.append(STATUS_SECONDS)  # the status file tells how far cycles are
         return max(0.0, min([LONGEST_PAUSE_SECONDS, *pauses]))
 
     def _take(self, message: Message) -> None:
@@ -262,7 +264,10 @@ class Agent:
             "started_at": self._began,
             "written_at": self.now(),
             "limit_bytes_per_second": self._site.bucket.limits.at(self.now()),
-            "vms": {name: member.document() for name, member in self._members.all.items()},
+            "vms": {
+                name: {**member.document(), "progress": self._site.progress.get(name)}
+                for name, member in self._members.all.items()
+            },
             "unreadable": dict(self._members.unreadable),
         }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from replica.catalog import ProtectedVm
@@ -43,8 +44,28 @@ class Site:
     open_store: OpenStore = field(default_factory=lambda: opened)
     collecting: str | None = None  # the id of the VM whose garbage is being collected
     publisher: Publisher | None = None  # of this machine's digests, where it writes any
+    progress: dict[str, dict[str, object]] = field(default_factory=dict)  # of cycles under way, by the VM's name
     _stores: dict[tuple[str, bool], Store] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def told_of(self, name: str) -> Iterator[Callable[[int, int, str], None]]:
+        """Give what a cycle reports its progress to, for the status file, while the context lasts."""
+        since = self.host.clock.now()
+
+        def progress(done_bytes: int, total_bytes: int, phase: str) -> None:
+            self.progress[name] = {
+                "since": since,
+                "phase": phase,
+                "done_bytes": done_bytes,
+                "total_bytes": total_bytes,
+            }
+            self.cycles.progress(done_bytes, total_bytes, phase)
+
+        try:
+            yield progress
+        finally:
+            self.progress.pop(name, None)
 
     def store(self, url: str, *, for_cycles: bool = False, where: Where = Where.ANYWHERE) -> Store:
         """Return the store at the address, which is opened once. Raises StoreError, ConfigurationError."""

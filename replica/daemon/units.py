@@ -179,7 +179,8 @@ def _cycle(unit: Unit, site: Site) -> Result:
     with lease.holding(store, found.keys, site.host) as held:
         basis = Basis(history.begin(store, found.keys, site.host, held))
         version = held.settings_version
-        point = cycle.run(store, site.host, found, held, basis, workers=site.workers, progress=site.cycles.progress)
+        with site.told_of(found.vm.name) as progress:
+            point = cycle.run(store, site.host, found, held, basis, workers=site.workers, progress=progress)
         epoch = held.epoch
     if site.publisher is not None:
         site.publisher.note_cycle(found.keys.vm_id, point, epoch, version)
