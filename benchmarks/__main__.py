@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import conversion, extraction, memory, peers, peers_tracked, replication, tracked
+from benchmarks import conversion, extraction, live, memory, peers, peers_tracked, recovery, replication, tracked
 
 
 def main() -> None:
@@ -23,8 +23,8 @@ def main() -> None:
         "what",
         nargs="*",
         default=["replication", "maps", "memory"],
-        help="replication, maps, memory; if named also conversion, tracked, peers, peers-s3, peers-tracked "
-        "(see benchmarks/peers.py)",
+        help="replication, maps, memory; if named also conversion, tracked, recovery, live, peers, peers-s3, "
+        "peers-tracked (see benchmarks/peers.py)",
     )
     parser.add_argument(
         "--folder", type=Path, help="where images and stores go  [a memory file system, if there is room]"
@@ -46,12 +46,11 @@ def main() -> None:
             results["maps"] = _show_maps(extraction.run(folder, runs=options.runs))
         if "memory" in options.what:
             results["memory"] = _show_memory(memory.run(folder))
-        if "conversion" in options.what:
-            results["conversion"] = conversion.run(folder, runs=options.runs)
-            conversion.show(results["conversion"])
-        if "tracked" in options.what:
-            results["tracked"] = tracked.run(folder, runs=options.runs)
-            tracked.show(results["tracked"])
+        for module in (conversion, tracked, recovery, live):
+            what = module.__name__.rpartition(".")[2]
+            if what in options.what and (measured := module.run(folder, runs=options.runs)) is not None:
+                results[what] = measured
+                module.show(measured)
         if "peers-tracked" in options.what:
             results["peers-tracked"] = peers_tracked.run(folder, runs=options.runs, tools=options.tools)
             peers_tracked.show(results["peers-tracked"])

@@ -32,7 +32,7 @@ def run(folder: Path, *, runs: int) -> list[dict[str, Any]]:
     for _ in range(runs):
         for size, disk in disks.items():
             target = folder / f"disk{size}.gen1.vhdx"
-            command = [Path(sys.executable).with_name("godwit"), "convert", disk, "--to", "gen1", "--json"]
+            command = [str(Path(sys.executable).with_name("godwit")), "convert", str(disk), "--to", "gen1", "--json"]
             started = time.perf_counter()
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             seconds[size].append(time.perf_counter() - started)
