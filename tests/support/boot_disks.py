@@ -305,7 +305,7 @@ def make_ntfs(disk: Path, start_sector: int, sectors: int, files: dict[str, byte
 def run_stub(disk: Path, *, end: str = "STUB-END") -> list[str]:
     """Start a machine with a BIOS and ``disk`` on IDE; return its console's lines once a stub has ended."""
     with qemu.Machine(disk, firmware="seabios", image_format="raw", keep_disk=True, bus="ide") as machine:
-        machine.wait_for(end, timeout_seconds=120)
+        machine.wait_for(end)
         return machine.console.split("\n")
 
 
