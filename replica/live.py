@@ -23,7 +23,7 @@ from typing import Any, Final
 from replica.agent import Quiesced, quiesced
 from replica.block import BLOCK_BYTES, LARGEST_DISK_BYTES
 from replica.errors import SourceError
-from replica.failback.departure import Departure
+from replica.failback.departure import Departure, recorded_and
 from replica.model import Consistency, DiskRecord, SourceDisk
 from replica.monitor import Monitor
 from replica.nbd.disk import NbdDisk
@@ -32,8 +32,7 @@ from replica.scratch import Overlay, default_scratch_folder, require_room, room_
 from replica.source import Instant, OpenSource, Wanted
 from replica.tracking import SCAN, Found
 from vhdx.disk import Disk, Extents
-from vhdx.extents import EMPTY, clipped
-from vhdx.extents import merged as joined
+from vhdx.extents import EMPTY
 
 BITMAP: Final = "bitmap"  # a found_by, and the name in a manifest's source
 KIND: Final = "qemu"
@@ -261,15 +260,7 @@ def _doubt(
 
 
 def _changed(disk: NbdDisk, bitmap: str, also: Extents) -> Iterator[Extents]:
-    """Yield the extents that a bitmap marks, and ``also``, in ascending windows."""
-    done = 0
-    for window in disk.changed(bitmap):
-        end = int(window[-1, 1])
-        yield joined([window, clipped(also, done, end)])
-        done = end
-    rest = clipped(also, done, disk.size)
-    if len(rest):
-        yield rest
+    return recorded_and(also, disk.changed(bitmap), disk.size)
 
 
 def _trusted(

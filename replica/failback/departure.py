@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from conversion.manifest import Manifest
 from replica.failback.ranges import extents_from
 from vhdx.disk import Extents
-from vhdx.extents import EMPTY
+from vhdx.extents import EMPTY, clipped, merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,18 @@ class Departure:
 def departure(point: int, bitmap: str | None, conversions: Iterable[tuple[int, Manifest]]) -> Departure:
     """Return the departure from what a standing holds: ``conversions`` are manifests by the number of the disk."""
     return Departure(point, bitmap, {number: converted_ranges(manifest) for number, manifest in conversions})
+
+
+def recorded_and(also: Extents, recorded: Iterable[Extents], size: int) -> Iterator[Extents]:
+    """Yield what a bitmap of a disk of ``size`` recorded, and ``also``, in ascending windows."""
+    done = 0
+    for window in recorded:
+        end = int(window[-1, 1])
+        yield merged([window, clipped(also, done, end)])
+        done = end
+    rest = clipped(also, done, size)
+    if len(rest):
+        yield rest
 
 
 def converted_ranges(manifest: Manifest) -> Extents:

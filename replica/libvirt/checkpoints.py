@@ -20,22 +20,27 @@ _MISSING: Final = re.compile(r"bitmap '[^']*' not found in backing chain of '([^
 
 @dataclass(frozen=True, slots=True)
 class CheckpointNames:
-    """What a VM's checkpoints are called: prefix, the number of the point that each begins at, a random end."""
+    """What a VM's checkpoints are called: prefix, the number of the point that each begins at, a random end.
+
+    ``departure`` is the one that was there before the guest of a recovery machine, empty where none was.
+    """
 
     prefix: str
     new: str
+    departure: str = ""
 
     @classmethod
     def of(cls, wanted: Wanted) -> Self:
         """Return the names for the point that is wanted."""
         prefix = f"{PREFIX}{wanted.vm_id}-"
-        return cls(prefix, f"{prefix}{wanted.point:020}-{wanted.randomness.new_id()[:8]}")
+        departure = "" if wanted.departure is None else wanted.departure.bitmap or ""
+        return cls(prefix, f"{prefix}{wanted.point:020}-{wanted.randomness.new_id()[:8]}", departure)
 
 
-def existing(virsh: Virsh, uuid: str, prefix: str) -> list[str]:
-    """Return the names of a domain's checkpoints that begin with ``prefix``. Raises VirshError."""
-    names = virsh.ask("checkpoint-list", "--domain", uuid, "--name").split("\n")
-    return [name.strip() for name in names if name.strip().startswith(prefix)]
+def existing(virsh: Virsh, uuid: str, ours: CheckpointNames) -> list[str]:
+    """Return the names of those of a domain's checkpoints that are the VM's. Raises VirshError."""
+    names = map(str.strip, virsh.ask("checkpoint-list", "--domain", uuid, "--name").split("\n"))
+    return [name for name in names if name and (name.startswith(ours.prefix) or name == ours.departure)]
 
 
 def delete(virsh: Virsh, uuid: str, names: Iterable[str]) -> None:

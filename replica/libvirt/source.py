@@ -4,7 +4,8 @@ A running domain: one call begins a backup job in pull mode over all disks and m
 keeps in the qcow2 images; the disks are read over NBD while the guest writes on. The newest point's manifest names the
 checkpoint that was made with it. Its name is random in part, and its bitmaps came into being at that very instant:
 where libvirt still finds them whole, they hold every write since. Those of cycles that failed are deleted by the next,
-and older ones once a point is published. Disks of other formats are compared by hash, at the same instant.
+and older ones once a point is published. Disks of other formats are compared by hash, at the same instant. Of a
+recovery machine the first cycle has the checkpoint that was there before its guest (docs/failover.md, rule 8).
 
 A domain that is off: its disks are files at rest, read as such and compared by hash, all of them.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,7 @@ from urllib.parse import urlsplit
 from replica.agent import Quiesced
 from replica.block import LARGEST_DISK_BYTES
 from replica.errors import SourceError
+from replica.failback.departure import recorded_and
 from replica.libvirt import checkpoints
 from replica.libvirt.address import LibvirtAddress
 from replica.libvirt.backup import BITMAP_EXPORT, LOOKING, BackupJob, Begun, JobDisk, ended
@@ -36,8 +38,9 @@ from replica.nbd.wire import NbdGoneError
 from replica.scratch import default_scratch_folder, require_room, room_watched
 from replica.source import Instant, OpenSource, Wanted
 from replica.tracking import SCAN, Found
-from vhdx.disk import Disk
+from vhdx.disk import Disk, Extents
 from vhdx.errors import DiskError
+from vhdx.extents import EMPTY
 from vhdx.raw import RawDisk
 
 KIND: Final = "libvirt"
@@ -74,9 +77,9 @@ class LibvirtSource:
         job = BackupJob(virsh, domain.uuid, wanted.vm_id, self._scratch, timeout_seconds=self._timeout)
         with ExitStack() as stack:
             stack.enter_context(ended(job))
-            there = checkpoints.existing(virsh, domain.uuid, names.prefix)
+            there = checkpoints.existing(virsh, domain.uuid, names)
             plans = [
-                _plan(domain, disk, wanted.before.get(source.number), there)
+                _plan(domain, disk, source.number, wanted, there)
                 for source, disk in zip(wanted.sources, disks, strict=True)
             ]
             needed = {one.since for one in plans}
@@ -98,7 +101,7 @@ class LibvirtSource:
             yield Instant(
                 tuple(opened),
                 Consistency.APPLICATION if state.held else Consistency.CRASH,
-                partial(_acknowledge, virsh, domain.uuid, names.prefix, begun.checkpoint),
+                partial(_acknowledge, virsh, domain.uuid, names, begun.checkpoint),
             )
 
 
@@ -146,9 +149,11 @@ class _Plan:
 
     since: str | None
     why: str
+    converted: Extents = field(default_factory=EMPTY.copy)  # what differs from the point beside what was recorded
 
 
-def _plan(domain: Domain, disk: DomainDisk, before: DiskRecord | None, there: Sequence[str]) -> _Plan:
+def _plan(domain: Domain, disk: DomainDisk, number: int, wanted: Wanted, there: Sequence[str]) -> _Plan:
+    before = wanted.before.get(number)
     if not disk.writable:
         raise SourceError(
             f"{disk.target} is read-only, transient or shared with others now, so libvirt makes no backup of it",
@@ -160,13 +165,30 @@ def _plan(domain: Domain, disk: DomainDisk, before: DiskRecord | None, there: Se
         return _Plan(None, f"QEMU keeps no record of writes with {disk.format} disks")
     told = {name: before.source.get(name) for name in ("kind", "domain", "disk", "file")}
     if told != {"kind": KIND, "domain": domain.uuid, "disk": disk.target, "file": disk.place}:
-        return _Plan(None, "the newest point was read from elsewhere")
+        return _since_departure(number, wanted, there)
     name = before.source.get(CHECKPOINT)
     if name is None:
         return _Plan(None, "no checkpoint was made with the newest point")
     if name not in there:
         return _Plan(None, "the checkpoint of the newest point is gone")
     return _Plan(name, "QEMU recorded the writes since the newest point")
+
+
+def _since_departure(number: int, wanted: Wanted, there: Sequence[str]) -> _Plan:
+    """Plan the first delta of a recovery machine's disk, by the checkpoint that was there before its guest.
+
+    Whether its bitmaps are whole libvirt knows: they are in the disk, and marked while they are in use. They record on
+    when others are begun and deleted.
+    """
+    start = wanted.departure
+    if start is None or start.bitmap is None:
+        return _Plan(None, "the newest point was read from elsewhere")
+    if wanted.based_on != start.point:
+        return _Plan(None, f"the machine was started from point {start.point}, which is not the newest")
+    if start.bitmap not in there:
+        return _Plan(None, "the checkpoint that was made with the machine is gone")
+    why = f"the disk recorded the writes since the machine was started from point {start.point}"
+    return _Plan(start.bitmap, why, start.ranges(number))
 
 
 def _found(disk: NbdDisk, one: JobDisk, plan: _Plan, before: DiskRecord | None, begun: Begun) -> Found:
@@ -177,7 +199,11 @@ def _found(disk: NbdDisk, one: JobDisk, plan: _Plan, before: DiskRecord | None, 
         return Found(SCAN, f"the record of writes is not whole: {begun.refusals[0]}")
     if before is None or before.size != disk.size:
         return Found(SCAN, "the disk's size is another")
-    return Found(BITMAP, plan.why, partial(disk.changed, BITMAP_EXPORT))
+    return Found(BITMAP, plan.why, partial(_changed, disk, plan.converted))
+
+
+def _changed(disk: NbdDisk, also: Extents) -> Iterator[Extents]:
+    return recorded_and(also, disk.changed(BITMAP_EXPORT), disk.size)
 
 
 def _about(domain: Domain, disk: DomainDisk, begun: Begun, state: Quiesced) -> dict[str, str]:
@@ -209,10 +235,10 @@ def _connected(job: BackupJob, source: SourceDisk, one: JobDisk, timeout_seconds
     return disk
 
 
-def _acknowledge(virsh: Virsh, uuid: str, prefix: str, newest: str | None) -> None:
+def _acknowledge(virsh: Virsh, uuid: str, names: CheckpointNames, newest: str | None) -> None:
     """Delete the checkpoints that no cycle needs any more. What cannot be deleted now, the next cycle deletes."""
     with suppress(SourceError):
-        there = checkpoints.existing(virsh, uuid, prefix)
+        there = checkpoints.existing(virsh, uuid, names)
         checkpoints.delete(virsh, uuid, [name for name in there if name != newest])
 
 
