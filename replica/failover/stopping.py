@@ -2,8 +2,8 @@
 
 Disk files are taken as a writer takes them, so that no other can. A guest under QEMU is asked to shut down while QEMU
 is told to stay: its disks are read for the last time through it, its record of changes included; then it is ended. A
-domain of libvirt is shut down, and its files are read; a VM on a Hyper-V host is shut down, and read beneath a
-checkpoint.
+domain of libvirt is shut down, and read as ``replica.libvirt.stopping`` says; a VM on a Hyper-V host is shut down, and
+read beneath a checkpoint.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ def stopped(
     if first.startswith(LIVE):
         yield _stop_qemu(first, timeout_seconds, sleep)
     elif first.startswith(LIBVIRT):
-        yield _stop_domain(first, timeout_seconds, sleep)
+        from replica.libvirt.address import LibvirtAddress  # noqa: PLC0415 - files need none of it
+        from replica.libvirt.stopping import stopped_domain  # noqa: PLC0415
+
+        with stopped_domain(LibvirtAddress.parse(first), timeout_seconds=timeout_seconds, sleep=sleep) as domain:
+            yield domain
     elif first.startswith(HYPERV):
         yield _stop_vm(first, timeout_seconds, sleep)
     elif is_live(first):
@@ -169,58 +173,6 @@ def _stop_qemu(path: str, timeout_seconds: float, sleep: Callable[[float], None]
             hint="start it again, or say --unplanned",
         ) from error
     return _Qemu(socket)
-
-
-# -- libvirt ----------------------------------------------------------------------------------------------------------
-
-
-class _Domain:
-    """A domain that is off."""
-
-    def __init__(self, connect: str | None, name: str) -> None:
-        self._connect = connect
-        self._name = name
-
-    def is_off(self) -> bool:
-        """Whether it is off."""
-        from replica.libvirt.virsh import Virsh  # noqa: PLC0415 - files need none of it
-
-        return Virsh(self._connect).ask("domstate", "--domain", self._name).strip() == "shut off"
-
-    def check(self) -> None:
-        """See that it is still off."""
-        if not self.is_off():
-            raise SourceError("the domain was started again", path=self._name)
-
-    def finish(self) -> None:
-        """Do nothing: it is off."""
-
-
-def _stop_domain(path: str, timeout_seconds: float, sleep: Callable[[float], None]) -> _Domain:
-    from replica.libvirt.address import LibvirtAddress  # noqa: PLC0415
-    from replica.libvirt.virsh import Virsh, VirshRefusedError  # noqa: PLC0415
-
-    address = LibvirtAddress.parse(path)
-    domain = _Domain(address.connect, address.domain)
-    virsh = Virsh(address.connect)
-    ask_at = time.monotonic()
-    deadline = ask_at + timeout_seconds
-    while not domain.is_off():
-        if time.monotonic() > deadline:
-            raise SourceError(
-                f"the domain did not shut down within {timeout_seconds:.0f} s",
-                path=address.domain,
-                hint="shut it down from inside, and fail over again; or say --unplanned",
-            )
-        if time.monotonic() >= ask_at:
-            ask_at = time.monotonic() + ASK_AGAIN_SECONDS
-            try:
-                virsh.ask("shutdown", "--domain", address.domain)
-            except VirshRefusedError:
-                if not domain.is_off():
-                    raise
-        sleep(POLL_SECONDS)
-    return domain
 
 
 # -- Hyper-V ----------------------------------------------------------------------------------------------------------
