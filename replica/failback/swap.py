@@ -15,6 +15,11 @@ step 3 no file has the home disk's name. ``put_back`` undoes that.
 
 from __future__ import annotations
 
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
 from replica.failback.names import HomeFiles, Names, same_file
 from vhdx.chain import open_vhdx
 from vhdx.errors import OsError, ParentError
@@ -72,7 +77,17 @@ def swap(names: Names, files: HomeFiles, *, overlay: bool) -> None:
         raise OsError("a file of that name has appeared", path=str(names.before), hint="run failback again")
     if overlay:
         relink(names.building, names.before, files=files)
+    _resemble(names.building, names.home)
     files.replace(names.building, names.home)
+
+
+def _resemble(made: Path, old: Path) -> None:
+    """Give the new disk the owner and the mode of the old one, as far as we may: who runs the VM has to open it."""
+    with suppress(OSError):
+        about = old.stat()
+        if sys.platform != "win32":
+            os.chown(made, about.st_uid, about.st_gid)
+        made.chmod(about.st_mode & 0o777)
 
 
 def settle(names: Names, files: HomeFiles, *, progress: Progress = silent) -> str:
