@@ -42,6 +42,7 @@ class Site:
 
     folder: Path
     said: list[str] = field(default_factory=list)
+    more: dict[str, str] = field(default_factory=dict)  # in the environment of commands
 
     @property
     def state(self) -> Path:
@@ -57,7 +58,7 @@ class Site:
             capture_output=True,
             text=True,
             check=False,
-            env={**kept, **place},
+            env={**kept, **place, **self.more},
         )
         self.said.append(f"{time.monotonic() - begun:6.1f} s  godwit {' '.join(map(str, arguments))[:100]}")
         return done
