@@ -30,7 +30,14 @@ DEGRADED = 3
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", required=False)
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="In place of NAME: all VMs of this recovery plan, in its order.",
+)
 @click.option(
     "--point", "number", type=click.IntRange(1), metavar="P", help="The point.  [default: the newest that verifies]"
 )
@@ -56,7 +63,8 @@ DEGRADED = 3
 @output_options
 def drill(
     output: Output,
-    name: str,
+    name: str | None,
+    plan_file: Path | None,
     number: int | None,
     checks: Path | None,
     platform: str | None,
@@ -70,7 +78,14 @@ def drill(
 
     It has passed if every check that is required did, and the cleanup too; else the exit code is 1. What was seen is
     written as evidence, signed with this host's key, and recorded in the store. Replication goes on meanwhile.
+
+    With --plan all VMs of a recovery plan are started in its order, each checked as the plan says, and removed at the
+    end. It has passed if each of them did, and every action that belongs to a test was done; one evidence tells it all.
     """
+    if (name is None) == (plan_file is None):
+        raise click.UsageError("say which VM by its NAME, or which plan with --plan FILE")
+    if plan_file is not None and number is not None:
+        raise click.UsageError("--point is of one VM: a plan says itself which points its VMs start from")
     terms = session.configuration.drill or Terms()
     if checks is not None:
         terms = checking.load(checks)
@@ -78,14 +93,23 @@ def drill(
         terms = replace(terms, timeout_seconds=float(timeout_seconds))
     if generation == "auto":
         terms = replace(terms, generation=None)
-    wanted: Literal[1, 2] | None = 1 if generation == "1" else 2 if generation == "2" else None
+    if name is None:
+        assert plan_file is not None
+        from cli.drill_plan import drill_plan  # noqa: PLC0415 - YAML and all that is needed by plans alone
+
+        given = replace(terms, platform=platform or terms.platform, generation=_wanted(generation) or terms.generation)
+        return drill_plan(output, session, plan_file, given, folder)
     store = session.store()
     means = means_of(session, store, name)
-    done = recording.drill(means, Order(None, number, platform, wanted), terms, folder)
+    done = recording.drill(means, Order(None, number, platform, _wanted(generation)), terms, folder)
     output.show(_document(name, done), lambda: _render(output, name, done))
     if not done.drill.passed:
         return FAILED
     return DEGRADED if done.record is None else None
+
+
+def _wanted(generation: str | None) -> Literal[1, 2] | None:
+    return 1 if generation == "1" else 2 if generation == "2" else None
 
 
 def _document(name: str, done: Recorded) -> dict[str, Any]:
@@ -167,7 +191,7 @@ def scheduled(session: Session) -> Callable[[Store, Host, ProtectedVm], dict[str
 @click.option("--key", metavar="FINGERPRINT", help="The fingerprint that the signer's key is to have.")
 @output_options
 def verify(output: Output, file: Path, key: str | None) -> None:
-    """Verify the evidence FILE of a drill: its signature, and the page and picture beside it.
+    """Verify the evidence FILE of a drill, of a VM or a plan: its signature, and the page and pictures beside it.
 
     Exits with 12 where anything was altered. Without --key it tells which key signed: compare that with the drill's
     record in the store, or with what the host's owner says.
@@ -185,13 +209,17 @@ def verify(output: Output, file: Path, key: str | None) -> None:
         "evidence": body,
     }
 
+    plan = body.get("plan")
+    vms = [f"{one['vm']['name']}: {one['verdict']}" for one in body.get("vms", ())] if plan else None
+
     def render() -> None:
         rto = body.get("rto_seconds")
         output.fields(
             [
                 ("evidence", "unaltered"),
                 ("signed by", f"{found.fingerprint}{'' if key is None else ', as expected'}"),
-                ("VM", body["vm"]["name"]),
+                ("plan", plan["name"]) if plan else ("VM", body["vm"]["name"]),
+                ("VMs", vms),
                 ("verdict", body["verdict"]),
                 ("reasons", list(body["reasons"]) or None),
                 ("begun at", body["begun_at"]),

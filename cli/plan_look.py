@@ -170,7 +170,7 @@ def show_run(output: Output, found: running.Run) -> None:
         output.table(["step", "state", "took", "what"], description.rows(document), right=(2,))
         for group in document["groups"]:
             if group["seconds"] is not None:
-                output.note(f"the steps of the group {group['group']} took {group['seconds']:.1f} s together")
+                output.note(f"the group {group['group']} was done {group['seconds']:.1f} s after the run was begun")
         if document["next"]:
             output.note(f"next: {' or '.join(document['next'])}")
 

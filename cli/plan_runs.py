@@ -73,7 +73,8 @@ def run(
 
     Each step is noted in the store before it is done, and again once it is. A step that fails stops the run, or not, as
     the plan says; 'godwit plan resume' goes on from there, on this machine or another. Ctrl-C lets what is under way
-    end and begins nothing more. Exits with 1 where the run stopped, with 3 where it was done but for steps that may fail.
+    end and begins nothing more. Exits with 1 where the run stopped, with 3 where it was done but for steps
+    that may fail.
     """
     if kind is None:
         raise click.UsageError("say what for: --test, --planned, --unplanned or --failback")

@@ -11,20 +11,23 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, Final
 
 from replica import record
 from replica.drills.drill import Drill
-from replica.drills.page import page
+from replica.drills.page import page, plan_page
 from replica.errors import FormatVersionError, GodwitError, IntegrityError, UsageError
 from replica.failover.means import Means
+from replica.host import Host
 from replica.signing import KEY_BYTES, SIGNATURE_BYTES, SigningKey, fingerprint, is_signed
 from vhdx.temporary import temporary_path
 
 FORMAT: Final = "godwit drill evidence"
 VERSION: Final = 1
+PLAN_VERSION: Final = 2  # of the drill of a plan, which earlier versions do not know
 LARGEST_BYTES: Final = 8 << 20
 LARGEST_FILE_BYTES: Final = 64 << 20
 
@@ -91,6 +94,32 @@ def write(folder: Path, means: Means, drill: Drill, key: SigningKey) -> Written:
     return Written(document, paths["page"], paths.get("picture"), hashlib.sha256(content).hexdigest(), key.fingerprint)
 
 
+def write_plan(
+    folder: Path, host: Host, name: str, body: dict[str, Any], pictures: Mapping[str, bytes], key: SigningKey
+) -> Written:
+    """Write the evidence of the drill of a plan: ``pictures`` by VM, the page, then the document that names them.
+
+    Raises GodwitError where the folder cannot be written.
+    """
+    stem = f"drill-plan-{name}-{host.clock.now():%Y%m%dT%H%M%SZ}-{host.randomness.new_id()[:8]}"
+    files = [
+        (f"picture of {vm}", folder / f"{stem}-{number}.png", held)
+        for number, (vm, held) in enumerate(pictures.items(), start=1)
+    ]
+    shown = plan_page(body, pictures, key.fingerprint, f"{stem}.json")
+    files.append(("page", folder / f"{stem}.html", shown.encode("utf-8", "backslashreplace")))
+    for _, path, content in files:
+        _write_whole(path, content)
+    body["files"] = [
+        {"what": what, "name": path.name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        for what, path, content in files
+    ]
+    document = folder / f"{stem}.json"
+    content = signed(body, key, version=PLAN_VERSION)
+    _write_whole(document, content)
+    return Written(document, files[-1][1], None, hashlib.sha256(content).hexdigest(), key.fingerprint)
+
+
 def body_of(means: Means, drill: Drill) -> dict[str, Any]:
     """Return what the document says, but for the files beside it."""
     machine, point = drill.machine, drill.point
@@ -98,7 +127,7 @@ def body_of(means: Means, drill: Drill) -> dict[str, Any]:
         "vm": {"name": means.name, "id": means.found.vm.vm_id},
         "host": {"name": means.host.host_name, "id": means.host.host_id},
         "store": means.store.url,
-        "made_by": f"godwit {_version()}",
+        "made_by": made_by(),
         "verdict": "passed" if drill.passed else "failed",
         "reasons": list(drill.reasons),
         "begun_at": record.time_text(drill.begun_at),
@@ -139,9 +168,9 @@ def body_of(means: Means, drill: Drill) -> dict[str, Any]:
     }
 
 
-def signed(body: Mapping[str, Any], key: SigningKey) -> bytes:
+def signed(body: Mapping[str, Any], key: SigningKey, *, version: int = VERSION) -> bytes:
     """Return the document: its body, the public key, and the signature of both."""
-    inner = {"format": FORMAT, "version": VERSION, "body": body, "public_key": key.public.hex()}
+    inner = {"format": FORMAT, "version": version, "body": body, "public_key": key.public.hex()}
     return _encoded({**inner, "signature": key.sign(_encoded(inner)).hex()})
 
 
@@ -152,6 +181,8 @@ def verify(path: Path, expected: str | None = None) -> Verified:
     was signed, FormatVersionError, UsageError where there is none.
     """
     document = path if path.suffix == ".json" else path.with_suffix(".json")
+    if path.suffix == ".png" and not document.exists():  # one of several pictures, of the drill of a plan
+        document = path.with_name(f"{path.stem.rpartition('-')[0]}.json")
     held = _held(document, LARGEST_BYTES)
     body, signer = opened(held, str(document))
     if expected is not None and _plain(expected) != signer:
@@ -181,13 +212,16 @@ def opened(held: bytes, path: str) -> tuple[dict[str, Any], str]:
         outer = json.loads(held)
         if not isinstance(outer, dict) or outer.get("format") != FORMAT:
             raise altered
-        if isinstance(outer.get("version"), int) and outer["version"] > VERSION:
-            raise FormatVersionError(
-                f"the evidence has version {outer['version']}", path=path, hint="a newer godwit reads it"
-            )
+        version = outer.get("version")
+        if isinstance(version, int) and version > PLAN_VERSION:
+            raise FormatVersionError(f"the evidence has version {version}", path=path, hint="a newer godwit reads it")
         body, public, signature = outer.get("body"), _bytes(outer, "public_key"), _bytes(outer, "signature")
-        inner = {"format": FORMAT, "version": VERSION, "body": body, "public_key": public.hex()}
-        if not isinstance(body, dict) or _encoded({**inner, "signature": signature.hex()}) != held:
+        inner = {"format": FORMAT, "version": version, "body": body, "public_key": public.hex()}
+        if (
+            type(version) is not int
+            or not isinstance(body, dict)
+            or _encoded({**inner, "signature": signature.hex()}) != held
+        ):
             raise altered
         if len(public) != KEY_BYTES or len(signature) != SIGNATURE_BYTES:
             raise altered
@@ -196,9 +230,10 @@ def opened(held: bytes, path: str) -> tuple[dict[str, Any], str]:
         raise altered from error
     if not is_signed(public, signature, data):
         raise altered
-    if not _has_shape(body):
+    is_plan = version == PLAN_VERSION
+    if not (_is_plan_shaped(body) if is_plan else _has_shape(body)):
         raise IntegrityError("it was signed, but not by a godwit: it lacks what evidence says", path=path)
-    if not _is_consistent(body):
+    if not (_is_plan_consistent(body) if is_plan else _is_consistent(body)):
         raise IntegrityError("it was signed, but its verdict does not follow from its checks", path=path)
     return body, fingerprint(public)
 
@@ -225,6 +260,27 @@ def _is_consistent(body: Mapping[str, Any]) -> bool:
     against = [one for one in checks if one.get("required") and not one.get("passed") and not one.get("skipped")]
     stands = not against and not reasons and body.get("cleaned") is True
     return body.get("verdict") == ("passed" if stands else "failed")
+
+
+def _is_plan_shaped(body: Mapping[str, Any]) -> bool:
+    """Whether there is what people are shown of the drill of a plan, and of each of its VMs."""
+    plan, vms, rto = body.get("plan"), body.get("vms"), body.get("rto_seconds")
+    return (
+        (isinstance(plan, dict) and isinstance(plan.get("name"), str))
+        and (isinstance(vms, list) and all(isinstance(one, dict) and _has_shape(one) for one in vms))
+        and (rto is None or (isinstance(rto, (int, float)) and 0 <= rto < 1e9))
+        and isinstance(body.get("begun_at"), str)
+    )
+
+
+def _is_plan_consistent(body: Mapping[str, Any]) -> bool:
+    """Whether a plan passed only where each of its VMs did, by its own checks, and nothing else stands against it."""
+    vms, reasons, names = body["vms"], body.get("reasons"), body["plan"].get("vms")
+    if not isinstance(reasons, list) or not isinstance(names, list) or not all(map(_is_consistent, vms)):
+        return False
+    whole = names == [one["vm"]["name"] for one in vms]
+    passed = whole and all(one.get("verdict") == "passed" for one in vms) and not reasons
+    return body.get("verdict") == ("passed" if passed else "failed")
 
 
 def _files(body: Mapping[str, Any], path: str) -> list[tuple[str, str]]:
@@ -276,11 +332,12 @@ def _manifest_digest(means: Means, number: int) -> str | None:
         return None
 
 
-def _version() -> str:
+def made_by() -> str:
+    """Return by which program documents are made."""
     try:
-        return version("godwit-dr")
+        return f"godwit {installed_version('godwit-dr')}"
     except PackageNotFoundError:
-        return "of no version"
+        return "godwit of no version"
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -39,7 +39,7 @@ def page(body: Mapping[str, Any], picture: bytes | None, fingerprint: str, docum
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{_text(title)}</title><style>{SHEET}</style></head><body>",
-        _head(body),
+        _head(body, body["vm"]["name"]),
         _reasons(body["reasons"]),
         _summary(body),
         _point(body["point"], body["passed_over"]),
@@ -53,11 +53,77 @@ def page(body: Mapping[str, Any], picture: bytes | None, fingerprint: str, docum
     return "".join(parts)
 
 
-def _head(body: Mapping[str, Any]) -> str:
+def plan_page(body: Mapping[str, Any], pictures: Mapping[str, bytes], fingerprint: str, document: str) -> str:
+    """Return the page of the drill of a plan; ``pictures`` are PNG, by the VM."""
+    name = f"the plan {body['plan']['name']}"
+    title = f"Drill of {name}: {body['verdict']}"
+    rto = "not all answered" if body["rto_seconds"] is None else _seconds(body["rto_seconds"])
+    groups = (
+        (
+            one["name"],
+            "not all answered" if one["rto_seconds"] is None else _seconds(one["rto_seconds"]),
+            "left open" if one["spread_seconds"] is None else _seconds(one["spread_seconds"]),
+        )
+        for one in body["groups"]
+    )
+    steps = ((one["id"], one["result"], _seconds(one["seconds"]), one["detail"]) for one in body["steps"])
+    parts = [
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(f"{POLICY}; img-src data:")}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{_text(title)}</title><style>{SHEET}</style></head><body>",
+        _head(body, name),
+        _reasons(body["reasons"]),
+        _facts("What was seen", (("RTO, from the command to the last first answer", rto), ("VMs", len(body["vms"])))),
+        _table("Groups", ("Group", "All answered after", "Points lie apart"), groups),
+        _table("Steps", ("Step", "Result", "Took", "What"), steps),
+        *(_vm_part(one, pictures.get(one["vm"]["name"])) for one in body["vms"]),
+        _facts(
+            "Proof",
+            (
+                ("Signed document", document),
+                ("Signed by the key", fingerprint),
+                ("SHA-256 of the plan", body["plan"]["sha256"]),
+                ("Host", body["host"]["id"]),
+                ("Store", body["store"]),
+                ("Made by", body["made_by"]),
+            ),
+        ),
+        f"{_PROVEN}</main></body></html>\n",
+    ]
+    return "".join(parts)
+
+
+def _vm_part(body: Mapping[str, Any], picture: bytes | None) -> str:
+    tone = "good" if body["verdict"] == "passed" else "bad"
+    verdict = f'<span class="tag {tone}">{_text(body["verdict"])}</span>'
+    inner = "".join(
+        (
+            _reasons(body["reasons"]),
+            _summary(body),
+            _point(body["point"], body["passed_over"]),
+            _table("Phases", ("Phase", "Took"), ((one["name"], _seconds(one["seconds"])) for one in body["phases"])),
+            _checks(body["checks"]),
+            _notes(body["notes"]),
+            _picture(picture),
+        )
+    )
+    lower = inner.replace("<h2>", "<h3>").replace("</h2>", "</h3>")
+    return f"<h2>{_text(body['vm']['name'])} {verdict}</h2>{lower}"
+
+
+_PROVEN: Final = (
+    "<p>This page says what the document beside it says, which is signed and names this page by its "
+    "hash: 'godwit evidence verify' tells whether either was altered. The VM's record of the drill in the store "
+    "names the key.</p>"
+)
+
+
+def _head(body: Mapping[str, Any], name: str) -> str:
     tone = "good" if body["verdict"] == "passed" else "bad"
     verdict = f'<span class="tag {tone}">{_text(body["verdict"])}</span>'
     return (
-        f"<header><h1>Drill of {_text(body['vm']['name'])} {verdict}</h1>"
+        f"<header><h1>Drill of {_text(name)} {verdict}</h1>"
         f'<p class="soft">Begun {_time(body["begun_at"])}, ended {_time(body["ended_at"])} on the host '
         f"{_text(body['host']['name'])}. All times are UTC.</p></header><main>"
     )
@@ -157,11 +223,7 @@ def _proof(body: Mapping[str, Any], fingerprint: str, document: str) -> str:
             ("Made by", body["made_by"]),
         ),
     )
-    return (
-        f"{facts}<p>This page says what the document beside it says, which is signed and names this page by its "
-        "hash: 'godwit evidence verify' tells whether either was altered. The VM's record of the drill in the store "
-        "names the key.</p>"
-    )
+    return f"{facts}{_PROVEN}"
 
 
 def _facts(title: str, facts: Iterable[tuple[str, object]]) -> str:

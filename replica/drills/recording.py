@@ -56,9 +56,9 @@ def drill(means: Means, order: Order, terms: Terms, folder: Path | None = None) 
     try:
         written = evidence.write(chosen, means, made, key)
     except GodwitError:
-        _try_to_record(means, event_of(made, None))
+        try_to_record(means, event_of(made, None))
         raise
-    record, unrecorded = _try_to_record(means, event_of(made, written))
+    record, unrecorded = try_to_record(means, event_of(made, written))
     return Recorded(made, written, record, unrecorded)
 
 
@@ -105,7 +105,8 @@ def scheduled(
     return work
 
 
-def _try_to_record(means: Means, event: Event) -> tuple[str | None, str | None]:
+def try_to_record(means: Means, event: Event) -> tuple[str | None, str | None]:
+    """Record an event; return its key, or why there is none."""
     try:
         return record_event(means.store, means.host, means.found.keys, event), None
     except StoreError as error:

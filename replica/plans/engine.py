@@ -175,7 +175,7 @@ class Engine:
     def _is_good(self, step_id: str) -> bool:
         result = self._results.get(step_id)
         if result is Result.FAILED:  # it goes on, or nobody would ask
-            return self._steps[step_id].kind is StepKind.ACTION
+            return self._steps[step_id].kind in (StepKind.ACTION, StepKind.CHECK)
         return result in (Result.DONE, Result.SKIPPED)
 
     def _has_room(self, step: Step) -> bool:

@@ -16,6 +16,7 @@ class StepKind(StrEnum):
     STOP = "stop"  # the source is shut down
     START = "start"
     HOME = "home"  # brought home
+    CHECK = "check"  # looked at, in a drill
     ACTION = "action"
 
 
@@ -52,12 +53,12 @@ def mistakes(plan: Plan) -> list[Mistake]:
     return list(dict.fromkeys(found))
 
 
-def steps(plan: Plan, kind: RunKind) -> tuple[Step, ...]:
+def steps(plan: Plan, kind: RunKind, *, checks: bool = False) -> tuple[Step, ...]:
     """Return the steps of a run of that kind, each after all that it waits for; always in the same order.
 
-    The plan has none of ``mistakes``.
+    ``checks``: each VM is looked at last, as drills do. The plan has none of ``mistakes``.
     """
-    return _Steps(plan, kind).all()
+    return _Steps(plan, kind, checks=checks).all()
 
 
 def order(plan: Plan, group: Group) -> tuple[PlannedVm, ...]:
@@ -169,9 +170,10 @@ def above(made: Mapping[str, Step], step_id: str) -> frozenset[str]:
 class _Steps:
     """Steps being put together. ``_last`` is what whatever comes next waits for."""
 
-    def __init__(self, plan: Plan, kind: RunKind) -> None:
+    def __init__(self, plan: Plan, kind: RunKind, *, checks: bool) -> None:
         self._plan = plan
         self._kind = kind
+        self._checks = checks
         self._made: list[Step] = []
         self._last: tuple[str, ...] = ()
         self._ends: dict[str, str] = {}  # the last step of each VM so far
@@ -267,6 +269,25 @@ class _Steps:
                 )
             self._made.append(made)
             last = (step_id,)
+        if self._checks:  # what fails here keeps no other VM from being tried
+            name = f"vm/{vm.name}/{StepKind.CHECK}"
+            title = f"check {vm.name}"
+            seconds = vm.timeout_seconds
+            self._made.append(
+                Step(
+                    name,
+                    StepKind.CHECK,
+                    title,
+                    group.name,
+                    vm.name,
+                    needs=last,
+                    follows=self._last,
+                    on_failure=OnFailure.CONTINUE,
+                    timeout_seconds=seconds,
+                    at_once=group.at_once,
+                )
+            )
+            last = (name,)
         return last[0]
 
 

@@ -107,6 +107,7 @@ class StepState:
     attempts: int = 0
     outcome: Outcome | None = None
     machines: list[str] = field(default_factory=list)  # names that tests were given, the last one last
+    settled_at: datetime | None = None
 
     @property
     def is_unknown(self) -> bool:
@@ -144,6 +145,7 @@ class RunState:
         elif entry.what is What.SETTLED and entry.outcome is not None:
             redo = entry.outcome.result is Result.REDO
             self.step(entry.step).outcome = None if redo else entry.outcome
+            self.step(entry.step).settled_at = entry.at
             if redo:
                 self.step(entry.step).attempts = 0
 

@@ -59,11 +59,10 @@ class Run:
         return self.state.ending in (What.ENDED, What.GIVEN_UP)
 
     def seconds_of(self, group: str) -> float | None:
-        """Return how long the steps of a group took, one after the other where they were; None where none ended."""
-        known = [
-            self.state.steps[one.id].outcome for one in self.steps if one.id in self.state.steps and one.group == group
-        ]
-        return sum(one.seconds for one in known if one is not None) if known else None
+        """Return how long after its begin the run had done all steps of a group; None where it has not."""
+        known = [self.state.steps.get(one.id) for one in self.steps if one.group == group]
+        times = [one.settled_at for one in known if one is not None and one.outcome is not None and one.settled_at]
+        return (max(times) - self.header.begun_at).total_seconds() if times and len(times) == len(known) else None
 
 
 def run(operator: Operator, plan: Plan, kind: RunKind, *, anew: bool = False) -> Run:

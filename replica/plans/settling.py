@@ -14,6 +14,7 @@ from replica.errors import GodwitError, UsageError
 from replica.failover import returning, settling
 from replica.failover.means import Means
 from replica.model import RecoveryMachine, Standing
+from replica.plans import graph
 from replica.plans.graph import StepKind
 from replica.plans.model import RunKind
 from replica.plans.points import MeansOf
@@ -60,7 +61,8 @@ def doomed(found: Run, means_of: MeansOf) -> dict[str, tuple[RecoveryMachine, ..
     """
     _require(found, "clean up", RunKind.TEST, RunKind.PLANNED, RunKind.UNPLANNED)
     machines = {}
-    for vm in reversed(tuple(found.plan.vms)):
+    started = [vm for group in found.plan.groups for vm in graph.order(found.plan, group)]
+    for vm in reversed(started):
         means = means_of(vm.name)
         state = catalog.settings_in_force(means.store, means.found).state
         if found.header.kind is RunKind.TEST:
