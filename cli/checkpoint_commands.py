@@ -56,8 +56,7 @@ def list_(output: Output, names: tuple[str, ...], parent_folder: tuple[Path, ...
             output.note("no disk was found whose chain could be told")
 
     output.show({"chains": [_document(vm, disk, now) for vm, disk in listed]}, render)
-    wrong = any((disk.error and disk.hint) or (disk.chain and disk.chain.broken) for _, disk in listed)
-    return DEGRADED if wrong else None
+    return None if all(disk.is_sound for _, disk in listed) else DEGRADED
 
 
 def _every_vm(session: Session) -> list[str]:

@@ -39,7 +39,7 @@ class Replicated:
 class DiskChain:
     """A disk, and its chain; where it has none that can be told, ``error`` says why, and ``hint`` what to do.
 
-    ``number`` and ``name`` are those of a protected disk.
+    ``number`` and ``name`` are those of a protected disk. ``failed``: its files could not be read.
     """
 
     path: str
@@ -49,6 +49,12 @@ class DiskChain:
     replicated: Replicated | None = None
     error: str | None = None
     hint: str | None = None
+    failed: bool = False
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing is broken, as far as the chain is told at all."""
+        return not self.failed and (self.chain is None or self.chain.broken is None)
 
 
 def chains_of_vm(store: Store, found: ProtectedVm) -> tuple[DiskChain, ...]:
@@ -124,7 +130,7 @@ def _of_source(source: SourceDisk, point: int | None, record: DiskRecord | None)
         replicated = None if point is None or record is None else _replicated(chain, point, record)
         return DiskChain(source.path, source.number, source.name, chain, replicated)
     except DiskError as error:
-        return DiskChain(source.path, source.number, source.name, error=str(error), hint=error.hint)
+        return DiskChain(source.path, source.number, source.name, error=str(error), hint=error.hint, failed=True)
 
 
 def _replicated(chain: Chain, point: int, record: DiskRecord) -> Replicated:

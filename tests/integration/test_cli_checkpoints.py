@@ -159,6 +159,31 @@ def test_disks_that_are_no_vhdx_are_told_as_such(site: Site) -> None:  # noqa: F
     assert site.run("checkpoints", "merge", site.folder, "--yes").code == 2
 
 
+def test_files_that_are_gone_are_told_beside_the_others(site: Site) -> None:  # noqa: F811
+    guest = Guest(site, disks=2)
+    guest.checkpoint("a")
+    guest.protect()
+    guest.tops[0].unlink()
+    told = site.run("checkpoints", "web")
+    assert told.code == 3 and "disk0_a.avhdx" in told.out and "2 files, 1 deep" in told.out
+
+
+def test_disks_of_a_hypervisor_are_left_to_it(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    guest = Guest(site)
+    guest.protect()
+    real = catalog.settings_in_force
+
+    def elsewhere(*arguments: Any) -> Any:
+        settings = real(*arguments)
+        return replace(settings, sources=(replace(settings.sources[0], path="hyperv:host/web#scsi-0-0"),))
+
+    monkeypatch.setattr(catalog, "settings_in_force", elsewhere)
+    told = site.good("checkpoints", "web").out
+    assert "read through Hyper-V" in told and "Remove-VMSnapshot" in told
+    refused = site.run("checkpoints", "merge", "web", "--yes")
+    assert refused.code == 1 and "Remove-VMSnapshot" in refused.err
+
+
 def test_all_disks_are_merged_to_one_depth(site: Site) -> None:  # noqa: F811
     guest = Guest(site, disks=2)
     for name in ("a", "b", "c", "d"):
