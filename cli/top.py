@@ -141,17 +141,21 @@ class _Frame:
         from rich.table import Table  # noqa: PLC0415
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), width=width, expand=True)
-        flexible = {0: 3 if width < NARROW else 2, 6: 4}
+        rows = self.board.rows
+        shown = rows if len(rows) <= room else rows[: room - 1]
+        longest = max((len(escape(row.name)) for row in shown), default=0)
         for position, column in enumerate(_COLUMNS):
             table.add_column(
                 column,
                 justify="right" if position in (2, 3) else "left",
                 no_wrap=True,
                 overflow="ellipsis",
-                ratio=flexible.get(position),
+                ratio=1 if position == 6 else None,
+                # The name gets what it needs, but leaves room to say what is wrong.
+                max_width=max(12, min(longest, width // 4 if width < NARROW else width // 3))
+                if position == 0
+                else None,
             )
-        rows = self.board.rows
-        shown = rows if len(rows) <= room else rows[: room - 1]
         for row in shown:
             table.add_row(*self.cells(row))
         if len(shown) < len(rows):
@@ -193,8 +197,9 @@ class _Frame:
         )
         rpo.append(f", {made.late} late", style="yellow" if made.late else "dim")
         if made.oldest_word_seconds is not None:
-            rpo.append(f"; {made.digests} digests, up to {duration_text(made.oldest_word_seconds)} old")
-        rpo.append(f"; {made.direct} VMs looked at" if made.direct else "")
+            words = f"{made.digests} digest{'s' * (made.digests != 1)}"
+            rpo.append(f"; {words}, up to {duration_text(made.oldest_word_seconds)} old")
+        rpo.append(f"; {made.direct} VM{'s' * (made.direct != 1)} looked at" if made.direct else "")
         lines = [line, health, rpo]
         if made.problem is not None:
             lines.append(_text(f"the store does not answer: {made.problem}", "bold red"))

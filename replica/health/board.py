@@ -94,7 +94,8 @@ def board(
     made: HealthReport, agent: LocalAgent | None, sorting: Sorting = Sorting.HEALTH, problem: str | None = None
 ) -> Board:
     """Return the board of a report, with what this machine's agent does."""
-    rows = sorted((_row(one) for one in made.assessments), key=_ORDER[sorting])
+    here = agent.vms if agent is not None and agent.is_heard_of(made.made_at) else {}
+    rows = sorted((_row(one, here.get(one.seen.name)) for one in made.assessments), key=_ORDER[sorting])
     told = [one.seen.as_of for one in made.assessments if one.seen.as_of is not None]
     return Board(
         at=made.made_at,
@@ -110,19 +111,25 @@ def board(
     )
 
 
-def _row(one: Assessment) -> Row:
+def _row(one: Assessment, here: LocalVm | None) -> Row:
     seen, note = one.seen, one.seen.agent
+    if here is not None and here.state != "elsewhere" and here.vm_id in (seen.vm_id, ""):
+        state, next_at, error = here.state, here.next_at, here.error  # it knows better than its digest
+    elif note is not None:
+        state, next_at, error = note.state or one.state.value, note.next_at, note.error
+    else:
+        state, next_at, error = one.state.value, None, seen.unread
     return Row(
         name=seen.name,
         health=one.health,
         readiness=one.readiness,
         rpo_seconds=one.rpo_seconds,
         wanted_seconds=seen.interval_seconds,
-        state=note.state if note is not None and note.state else one.state.value,
-        next_at=None if note is None else note.next_at,
+        state=state,
+        next_at=next_at,
         churn_bytes=seen.newest.changed_bytes if seen.newest is not None else 0,
         why=tuple(reason.rule_id for reason in one.reasons),
-        error=seen.unread if note is None else note.error,
+        error=error,
         as_of=seen.as_of,
     )
 

@@ -7,8 +7,10 @@ import hashlib
 import secrets
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import google_crc32c
@@ -28,7 +30,10 @@ from replica.errors import (
 )
 from replica.stores import s3
 from replica.stores.busy import StoreBusyError
+from replica.stores.memory import MemoryStore
+from replica.stores.retry import ResilientStore
 from replica.stores.s3 import S3Store
+from replica.stores.skew import skew_of
 from replica.stores.store import Store
 from tests.support.servers import S3Server, free_ports
 
@@ -57,6 +62,7 @@ class FakeServer:
     def __init__(self) -> None:
         self.answers: list[Answer] = [Answer()]
         self.asked: list[Asked] = []
+        self.date: str | None = None  # what it says the time is
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -79,6 +85,9 @@ class FakeServer:
                     self.wfile.write(answer.body)
 
             do_GET = do_PUT = do_HEAD = do_DELETE = answer  # noqa: N815
+
+            def date_time_string(self, timestamp: float | None = None) -> str:
+                return super().date_time_string(timestamp) if fake.date is None else fake.date
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -107,6 +116,7 @@ def running() -> Iterator[FakeServer]:
 @pytest.fixture
 def fake(running: FakeServer) -> FakeServer:
     running.answers = [Answer()]
+    running.date = None
     running.asked.clear()
     return running
 
@@ -336,3 +346,27 @@ def test_pages_and_folders_of_a_real_server_add_up(seaweedfs: S3Server, page_siz
         store.create(key, b"x")
     for after in ("", "a-b", "a/2", "a/x/1", "b"):
         assert [info.key for info in store.list("", start_after=after)] == [key for key in there if key > after]
+
+
+@pytest.mark.parametrize("ahead_seconds", [-300, 0, 45])
+def test_how_far_the_clocks_differ_is_known_from_the_first_answer(
+    fake: FakeServer, store: S3Store, ahead_seconds: int
+) -> None:
+    assert skew_of(store) is None
+    fake.date = formatdate(time.time() - ahead_seconds, usegmt=True)
+    fake.answers = [Answer(200, CONTENT, {"ETag": ETAG})]
+    ResilientStore(store).get("key")
+    skew = skew_of(ResilientStore(store))
+    assert skew is not None and ahead_seconds - 2 < skew < ahead_seconds + 30, "a slow machine looks late"
+
+
+@pytest.mark.parametrize("date", ["", "yesterday", "Wed, 99 Xxx 2026 00:00:00 GMT", "Thu, 01 Jan 1970 00:00:00"])
+def test_a_time_that_is_none_leaves_the_clocks_unknown(fake: FakeServer, store: S3Store, date: str) -> None:
+    fake.date = date
+    fake.answers = [Answer(200, CONTENT, {"ETag": ETAG})]
+    assert store.get("key") == CONTENT
+    assert skew_of(store) is None
+
+
+def test_stores_that_tell_no_time_have_no_skew() -> None:
+    assert skew_of(MemoryStore("no time")) is None
