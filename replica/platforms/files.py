@@ -38,7 +38,7 @@ class FilesPlatform:
     ) -> None:
         """Keep machines below the host's state folder, their disks as ``format``.
 
-        ``environment`` is that of the servers of disks, by which they have the key: ours unless given.
+        ``environment`` is where the key and the store's credentials come from: ours unless given.
         """
         self._folders = MachineFolders(host, "files")
         self._format: ConvertFormat = format
@@ -109,12 +109,12 @@ class FilesPlatform:
         """Make the disks that are not there yet, and return once they are whole. Raises PlatformError."""
         with self._folders.held(name) as folder:
             missing = [disk for disk in folder.read().disks if not self._path(folder, disk).exists()]
-            if missing:
-                servant.ensure(folder.path, environment=self._environment)
             for disk in missing:
                 with folder.errors(f"make disk {disk.number}"):
-                    diskfile.make(disk, self._path(folder, disk), self._format, self._progress)
-            servant.end(folder.path)
+                    path = self._path(folder, disk)
+                    diskfile.make(
+                        folder, disk, path, self._format, environment=self._environment, progress=self._progress
+                    )
 
     def channel(self, name: str) -> GuestChannel | None:
         """Return None: nothing runs here."""

@@ -25,6 +25,7 @@ from urllib.parse import quote
 from conversion.errors import ConversionError
 from conversion.manifest import Manifest
 from replica import catalog, configuration, keysource
+from replica.configuration import Configuration
 from replica.errors import GodwitError, PlatformError
 from replica.generation.patched import Conversion
 from replica.host import this_host
@@ -36,6 +37,7 @@ from replica.platforms.process import Owned, start
 from replica.platforms.sockets import make_place, socket_path
 from replica.serving import serve_point
 from replica.stores.address import open_store
+from replica.stores.store import Store
 from replica.vault import Vault
 from vhdx.errors import DiskBusyError, DiskError
 from vhdx.osfile import open_file
@@ -188,11 +190,7 @@ def read_spec(folder: Path) -> ServantSpec:
 def serve(folder: Path, ended: threading.Event) -> None:
     """Serve until ``ended`` is set, the overlays are whole, or the machine is gone. Raises GodwitError and others."""
     spec = read_spec(folder)
-    file = None if spec.configuration is None else Path(spec.configuration)
-    loaded = configuration.load(environment=os.environ, file=file, store=spec.store, tenant=spec.tenant)
-    vault = Vault(lambda: keysource.given_secret(loaded, os.environ, lambda _: None), require=loaded.require_encryption)
-    threads = loaded.workers.threads + loaded.workers.uploads
-    store = open_store(spec.store, workers=threads, around=vault.around)
+    store, loaded = opened_store(spec, os.environ)
     host = this_host(None if spec.state_folder is None else Path(spec.state_folder))
     remarks = _Remarks()
     found = catalog.find(store, spec.tenant, spec.vm)
@@ -205,7 +203,7 @@ def serve(folder: Path, ended: threading.Event) -> None:
         UnixAddress(str(socket_path(folder, SOCKET))),
         point=spec.point,
         generation=spec.generation,
-        conversion=_conversion(folder, spec),
+        conversion=conversion_of(folder, spec),
         workers=loaded.workers,
         report=lambda error: None if isinstance(error, (NbdGoneError, ConnectionError)) else remarks.add(str(error)),
     ) as serving:
@@ -219,7 +217,19 @@ def serve(folder: Path, ended: threading.Event) -> None:
                 return
 
 
-def _conversion(folder: Path, spec: ServantSpec) -> Conversion | None:
+def opened_store(spec: ServantSpec, environment: Mapping[str, str]) -> tuple[Store, Configuration]:
+    """Return the store that the disks are in, opened by the key of ``environment``. Raises GodwitError."""
+    file = None if spec.configuration is None else Path(spec.configuration)
+    loaded = configuration.load(environment=environment, file=file, store=spec.store, tenant=spec.tenant)
+    vault = Vault(
+        lambda: keysource.given_secret(loaded, environment, lambda _: None), require=loaded.require_encryption
+    )
+    threads = loaded.workers.threads + loaded.workers.uploads
+    return open_store(spec.store, workers=threads, around=vault.around), loaded
+
+
+def conversion_of(folder: Path, spec: ServantSpec) -> Conversion | None:
+    """Return the conversion that was written down for the disks in ``folder``, if any. Raises PlatformError."""
     if spec.converted_disk is None:
         return None
     path = folder / MANIFEST

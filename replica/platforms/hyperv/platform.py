@@ -2,8 +2,8 @@
 
 Hyper-V reads disks from files alone: so ``define`` writes all of them into a folder that the host sees, each whole
 before it has its name, and the machine is made once they are there. What is known of a machine is with the machine, in
-its notes on the host: any agent that reaches the host sees it, and ``delete`` removes it. Only the server of the disks
-is at home here, as long as they are being written.
+its notes on the host: any agent that reaches the host sees it, and ``delete`` removes it. Here is only
+written down, in the machine's folder, from which point its disks are to be made.
 
 This was built to Microsoft's documentation and tested against a stand-in. It was never run against a Hyper-V host.
 """
@@ -22,7 +22,7 @@ from replica.hyperv.address import HypervAddress
 from replica.hyperv.scripts import STOP
 from replica.hyperv.session import ask
 from replica.model import Identity
-from replica.platforms import diskfile, servant
+from replica.platforms import diskfile
 from replica.platforms.folder import MachineFolder, MachineFolders
 from replica.platforms.hyperv import description, screen, scripts
 from replica.platforms.hyperv.asking import ASK_SECONDS, FoundMachine, HypervHost
@@ -52,7 +52,7 @@ class HypervPlatform:
     ) -> None:
         """Make machines on the host of ``settings``. Nothing is asked yet.
 
-        ``environment`` is that of the servers of disks, by which they have the key: ours unless given.
+        ``environment`` is where the key and the store's credentials come from: ours unless given.
         """
         self._folders = MachineFolders(host, "hyperv")
         self._settings = settings
@@ -67,7 +67,7 @@ class HypervPlatform:
         return "hyperv"
 
     def folder(self, name: str) -> MachineFolder:
-        """Return the folder here in which the server of the machine's disks is at home while they are written."""
+        """Return the folder here in which is written down what the machine's disks are to be made of."""
         return self._folders.of(name)
 
     def check(self) -> None:
@@ -116,13 +116,11 @@ class HypervPlatform:
         place = self._place(spec.name)
         folder.make()
         missing = [one for one in spec.disks if not (place / description.file_name(one.number)).exists()]
-        if missing:
-            servant.ensure(folder.path, environment=self._environment)
         for disk in missing:
             with folder.errors(f"write disk {disk.number}"):
                 place.mkdir(exist_ok=True)
-                diskfile.make(disk, place / description.file_name(disk.number), "vhdx", self._progress)
-        servant.end(folder.path)
+                path = place / description.file_name(disk.number)
+                diskfile.make(folder, disk, path, "vhdx", environment=self._environment, progress=self._progress)
 
     def _place(self, name: str) -> Path:
         """Return the folder of the machine's files, as it is seen from here."""
@@ -223,7 +221,6 @@ class HypervPlatform:
     def delete(self, name: str) -> None:
         """Turn it off, and remove it with its files, and with the switch that was made for tests; see the contract."""
         with self._folders.held(name) as folder:
-            servant.end(folder.path)
             with self._there.session(name) as session:
                 ask(
                     session,
