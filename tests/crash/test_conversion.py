@@ -6,7 +6,11 @@ its root as they were; from it on it is of the new one. Whatever was cut off, ru
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -20,12 +24,19 @@ from conversion.plan import SWITCH, TO_UEFI_ORDER, components
 from conversion.tobios import plan_bios
 from conversion.touefi import plan_uefi
 from replica.generation.convert import convert_generation, journal_path, manifest_path, write_manifest
+from replica.generation.image import Image
 from tests.support import conversion_disks as disks
 from tests.support import windows_disk
 from tests.support.conversion_disks import PLAIN_SECTORS, partition_guid, plain_places
 from tests.support.crash_files import RecordingFiles, crash_points, scratch_folder
 from tests.support.gpt_disks import SparseDisk
+from vhdx import qcow2
+from vhdx.convert import convert
 from vhdx.formats import open_disk
+
+MIB = 1 << 20
+SECTOR = 512
+MOST_CRASHES = 1000 if os.environ.get("GODWIT_SOAK") else 14  # of those that there are, evenly spread
 
 pytestmark = pytest.mark.skipif(bool(disks.missing()), reason=disks.missing() or "all is there")
 
@@ -204,3 +215,98 @@ def assert_starts_as_before(path: Path, disk: SparseDisk, written: list[tuple[in
         for name in ("/EFI/debian/grub.cfg", "/EFI/Microsoft/Boot/BCD"):
             assert fat.read_file(name) == fat_before.read_file(name), said
         assert found.system == original.system, said
+
+
+# --- every format
+
+
+def made(disk: SparseDisk, folder: Path, format_: str) -> Path:
+    """Write the disk as an image of that format."""
+    raw, path = disk.to_file(folder / "made"), folder / "disk"
+    if format_ == "raw":
+        return raw.rename(path)
+    convert(raw, path, format=format_)  # type: ignore[arg-type]
+    raw.unlink()
+    return path
+
+
+def seen(path: Path) -> tuple[int | None, dict[int, bytes]]:
+    """Return the generation that an image starts as, and what it holds, by sector."""
+    with Image.find(path).opened() as disk:
+        blocks = {at: disk.read_at(at, min(MIB, disk.size - at)) for at in range(0, disk.size, MIB)}
+        return inspect(disk).generation, {at: block for at, block in blocks.items() if block.strip(b"\0")}
+
+
+@pytest.mark.parametrize("to", [1, 2])
+@pytest.mark.parametrize("format_", ["vhdx", "vhd", "vhd-dynamic"])
+def test_each_format_starts_as_one_or_the_other(linux: SparseDisk, format_: str, to: Literal[1, 2]) -> None:
+    with scratch_folder() as folder:
+        path = made(linux, folder, format_)
+        old = seen(path)
+        assert old[0] == 2
+        if to == 2:
+            convert_generation(path, 1, in_place=True)
+            old = seen(path)
+        record = RecordingFiles(folder)
+        convert_generation(path, to, in_place=True, files=record)
+        new = seen(path)
+        assert (old[0], new[0]) == (3 - to, to)
+        points = list(crash_points(record, seeds=1))
+        assert len({one.ordinal for one in points}) > 10
+        generations = []
+        for point in points[:: max(1, len(points) // MOST_CRASHES)]:
+            point.write_to(folder)
+            generation, held = seen(path)
+            generations.append(generation)
+            assert generation == (to if held.get(0, b"")[:SECTOR] == new[1][0][:SECTOR] else 3 - to), str(point)
+            if to == 1 or manifest_path(path).exists():  # else it was done, and only the command had not ended
+                convert_generation(path, to, in_place=True)
+            assert seen(path) == new, str(point)
+        assert {1, 2} == set(generations)
+
+
+@pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io is not installed")
+@pytest.mark.parametrize("to", [1, 2])
+def test_a_qcow2_is_cut_off_between_any_two_writes(
+    linux: SparseDisk, to: Literal[1, 2], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with scratch_folder() as folder:
+        path = made(linux, folder, "qcow2")
+        if to == 2:
+            convert_generation(path, 1, in_place=True)
+        old, kept = seen(path), {one: one.read_bytes() for one in folder.iterdir()}
+        convert_generation(path, to, in_place=True)
+        new, real, cut, writes = seen(path), qcow2.write_ranges, 0, 1
+        while cut < writes:
+            for one in folder.iterdir():
+                one.unlink()
+            for one, content_ in kept.items():
+                one.write_bytes(content_)
+            done = 0
+
+            def write(target: Path | str, ranges: Iterable[tuple[int, bytes]], last: int = cut) -> None:
+                nonlocal done
+                for one in list(ranges):
+                    if done == last:
+                        raise CutOffError
+                    real(target, [one])
+                    done += 1
+
+            with monkeypatch.context() as patched:
+                patched.setattr(qcow2, "write_ranges", write)
+                try:
+                    convert_generation(path, to, in_place=True)
+                except CutOffError:
+                    writes = cut + 2
+            generation, held = seen(path)
+            assert generation == (to if held[0][:SECTOR] == new[1][0][:SECTOR] else 3 - to), cut
+            assert generation == to or {**held, 0: b""}.keys() == {**old[1], 0: b""}.keys(), cut
+            if to == 1 or manifest_path(path).exists():
+                convert_generation(path, to, in_place=True)
+            assert seen(path) == new, cut
+            cut += 1
+        assert cut > 3
+
+
+class CutOffError(Exception):
+    """What ends the process in the middle of its writes."""
