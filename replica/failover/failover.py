@@ -33,7 +33,7 @@ from replica.model import (
     Standing,
     State,
 )
-from replica.platforms.platform import Checked, DiskSpec, MachineSpec, Particular, Platform, Power
+from replica.platforms.platform import Checked, DiskSpec, Guiding, MachineSpec, Particular, Platform, Power
 from replica.source import is_live
 from vhdx.progress import Progress, silent
 
@@ -124,7 +124,15 @@ def _test(means: Means, order: Order) -> Failover:
         taken.put(replace(taken.settings, state=state), Command.TEST)
     with _hinted(f"'godwit cleanup {means.name} --test {machine.name}' removes what was made"):
         disks = bring_up(means, machine, choice.point, conversion)
-    return Failover(replace(machine, disks=disks), state.standing, choice.passed_over)
+    notes = () if means.offer(machine.platform).starts else _guidance(means.platform_of(machine), machine)
+    return Failover(replace(machine, disks=disks), state.standing, choice.passed_over, notes=notes)
+
+
+def _guidance(platform: Platform, machine: RecoveryMachine) -> tuple[str, ...]:
+    """Return where it says how a machine is made of what was prepared, where it does."""
+    if not isinstance(platform, Guiding):
+        return ()
+    return (f"how a machine is made of this is said in {platform.guide_path(machine.name)}",)
 
 
 def _go_on_with_test(means: Means, state: State, machine: RecoveryMachine) -> Failover:
@@ -350,6 +358,8 @@ class _Failover:
                 platform.hydrate(machine.name)
             except PlatformError as error:  # it runs; this can be asked for again
                 notes = (f"its disks are not being made whole: {error}",)
+        else:
+            notes = _guidance(platform, machine)
         return replace(self._done(), notes=notes)
 
     def _done(self) -> Failover:

@@ -130,6 +130,10 @@ class FilesPlatform:
             servant.end(folder.path)
             folder.remove()
 
+    def guide_path(self, name: str) -> Path:
+        """Return where it is said how a machine is made of the files."""
+        return self.folder(name).path / GUIDE
+
     def guide(self, spec: MachineSpec) -> str:
         """Return how a machine is made of the files."""
         folder = self.folder(spec.name)

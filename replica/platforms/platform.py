@@ -94,6 +94,14 @@ class Particular(Protocol):
         """Return if the machine, whose name and disks' addresses are not known yet, can be. Raises PlatformError."""
 
 
+@runtime_checkable
+class Guiding(Protocol):
+    """A platform that starts nothing, and leaves the guide for it to people in a file."""
+
+    def guide_path(self, name: str) -> Path:
+        """Return where it is said how a machine is made of what was prepared for that name."""
+
+
 class Platform(Protocol):
     """A place for recovery machines. Every call is safe to repeat, and names machines by ``MachineSpec.name``.
 

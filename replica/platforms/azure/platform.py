@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -111,6 +111,7 @@ class AzurePlatform:
         self.check_machine(spec)
         with self._folders.held(spec.name) as folder:
             if folder.is_defined() and folder.read() == spec:
+                self._write_template(folder, spec)  # the settings may be others by now
                 return
             folder.make()
             with folder.errors("make the machine"):
@@ -141,6 +142,7 @@ class AzurePlatform:
                 f"whether {spec.vm_name} is a Linux or a Windows machine is not seen on its first disk",
                 hint='set system = "linux" or "windows" in [platforms.azure]',
             )
+        self._write_template(folder, spec)
         self._az.deploy(name, folder.path / ARM_TEMPLATE, folder.path / PARAMETERS)
 
     def stop(self, name: str, *, force: bool = False, timeout_seconds: float = 120) -> None:
@@ -192,15 +194,11 @@ class AzurePlatform:
                 for disk in spec.disks
                 if not uploading.is_whole(there.get(_blob_name(name, disk.number)), _content(folder, disk), disk.size)
             ]
-            unknown = self._system(folder, spec) is None
-            if missing or unknown:
-                servant.ensure(folder.path, environment=self._environment)
-            if unknown:
+            if self._system(folder, spec) is None:
                 self._look_for_system(folder, spec)
             for disk in missing:
-                with folder.errors(f"upload disk {disk.number}"), diskfile.opened(disk) as source:
+                with folder.errors(f"upload disk {disk.number}"), self._opened(folder, disk) as source:
                     self._upload(blobs, folder, disk, source)
-            servant.end(folder.path)
 
     def channel(self, name: str) -> GuestChannel | None:
         """Return None: no way into the guests is known yet that needs no network."""
@@ -232,6 +230,10 @@ class AzurePlatform:
                 )
             folder.remove()
 
+    def guide_path(self, name: str) -> Path:
+        """Return where it is said how a machine is made of the blobs."""
+        return self.folder(name).path / GUIDE
+
     def guide(self, spec: MachineSpec) -> str:
         """Return how a machine is made of the blobs."""
         folder = self.folder(spec.name).path
@@ -253,6 +255,9 @@ class AzurePlatform:
             verify=self._settings.verify,
         )
         uploading.upload(source, blobs.blob(_blob_name(folder.name, disk.number)), order, progress=self._progress)
+
+    def _opened(self, folder: MachineFolder, disk: DiskSpec) -> AbstractContextManager[Disk]:
+        return diskfile.opened(folder, disk, self._environment)
 
     def _template(self, folder: MachineFolder, spec: MachineSpec) -> Template:
         settings = self._settings
@@ -297,7 +302,7 @@ class AzurePlatform:
 
     def _look_for_system(self, folder: MachineFolder, spec: MachineSpec) -> None:
         """Look at the first disk for its system, and write the template anew where one is found."""
-        with folder.errors("look for the system"), diskfile.opened(spec.disks[0]) as disk:
+        with folder.errors("look for the system"), self._opened(folder, spec.disks[0]) as disk:
             try:
                 found = inspect(as_device(disk)).system
             except ConversionError:
