@@ -16,5 +16,6 @@ GUEST_COMMANDS: dict[str, LazyCommand] = {
 def guest() -> None:
     """Reach into the guest of a recovery machine without any network.
 
-    On the platforms qemu and libvirt that is done by the QEMU guest agent, which has to run in the guest.
+    On the platforms qemu and libvirt that is done by the QEMU guest agent, which has to run in the guest; on hyperv by
+    PowerShell Direct, which takes a Windows guest and an account of it, and by the host's own copying of files.
     """
