@@ -140,9 +140,10 @@ class FilesPlatform:
         paths = [self._path(folder, disk) for disk in spec.disks]
         firmware = "UEFI" if spec.machine.generation == 2 else "BIOS"
         if self._is_for_hyperv(spec):
+            switch = "" if spec.isolated else " -Switch NAME"
             return (
                 f"copy the folder {folder.path} to a Hyper-V host, and run in it, as an administrator: "
-                f"powershell.exe -ExecutionPolicy Bypass -File {starting.NAME} -Switch NAME"
+                f"powershell.exe -ExecutionPolicy Bypass -File {starting.NAME}{switch}"
             )
         return (
             f"make a machine with {firmware} firmware, {spec.machine.cpus} processors and "

@@ -457,6 +457,13 @@ def test_all_that_is_wrong_is_named_at_once() -> None:
     assert all(one in str(caught.value) for one in ("'x'", "switch", "folder is missing", "share is missing"))
 
 
+def test_a_machine_that_is_no_host_says_how_to_name_one(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with pytest.raises(PlatformError, match="no Hyper-V host") as caught:
+        lab.platform(host="", share="").check()
+    assert "[platforms.hyperv]" in str(caught.value.hint) and "--platform files" in str(caught.value.hint)
+
+
 def test_where_no_host_is_reached_files_are_the_way_out(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(url: str | None) -> Any:
         raise SessionError("no route", path=url, hint="check it")
@@ -533,12 +540,14 @@ def test_the_script_goes_on_where_it_was_cut_off(moved: Lab) -> None:
     [
         ({"Path": "E:\\nowhere"}, "there is no folder"),
         ({"Switch": "Nothing"}, "there is no switch"),
+        ({"Switch": "Production", "isolated": True}, "no private switch"),
         ({"Path": "D:\\Recovery"}, "there is no file"),
     ],
 )
-def test_the_script_says_what_is_missing(moved: Lab, parameters: dict[str, str], told: str) -> None:
+def test_the_script_says_what_is_missing(moved: Lab, parameters: dict[str, Any], told: str) -> None:
+    spec = moved.spec(2, isolated=bool(parameters.pop("isolated", False)))
     with pytest.raises(Exception, match=told):
-        run_script(moved, moved.spec(2), **parameters)
+        run_script(moved, spec, **parameters)
     assert moved.fake.vms == []
 
 

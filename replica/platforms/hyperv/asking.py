@@ -53,8 +53,9 @@ class HypervHost:
             with closing(connecting.connect(self.settings.host)) as session:
                 yield session
         except SessionError as error:
-            hint = f"{error.hint}; {FILES_INSTEAD}" if error.hint else FILES_INSTEAD
-            raise PlatformError(f"{machine}: {error.message}", path=self.shown, hint=hint) from error
+            own = error.hint if self.settings.host else "name it as host in [platforms.hyperv] of godwit.toml"
+            hint = f"{own}; {FILES_INSTEAD}" if own else FILES_INSTEAD
+            raise PlatformError(f"{machine}: {error.message}", path=self.settings.host, hint=hint) from error
         except HypervError as error:
             raise PlatformError(f"{machine}: {error.message}", path=self.shown, hint=_hint(error)) from error
 

@@ -35,7 +35,8 @@ Written by Godwit. Never tried on a real host: read it first.
 The folder with the disk files. [default: the folder of this script]
 
 .PARAMETER Switch
-The virtual switch of the machine's network adapters. Without it they are connected to none.
+The virtual switch of the machine's network adapters. Without it they are connected to none. A machine for a test
+is connected to a private switch only.
 
 .PARAMETER NoStart
 Make the machine, and do not start it.
@@ -61,6 +62,13 @@ if (-not (Test-Path -LiteralPath $Path -PathType Container)) {
 if ($Switch) { Confirm-GodwitSwitch $Switch }
 
 $Machine = ConvertFrom-Json -InputObject $Description
+if ($Machine.isolated -and $Switch) {
+    foreach ($Found in @(Get-VMSwitch | Where-Object { $_.Name -eq $Switch })) {
+        if ([string]$Found.SwitchType -ne 'Private') {
+            Stop-Godwit 'Refused' ('this machine is a test, and ' + $Switch + ' is no private switch') 0
+        }
+    }
+}
 $Machine.folder = (Get-Item -LiteralPath $Path).FullName.TrimEnd('\')
 $Machine.switch = $Switch
 foreach ($Disk in @($Machine.disks)) { $Disk.path = $Machine.folder + '\' + $Disk.path }
