@@ -17,18 +17,23 @@ import pytest
 
 from cli import main
 from cli.output import Output
+from conversion.tobios import plan_bios
 from replica.errors import PlatformError
+from replica.generation.image import as_device
 from replica.host import this_host
 from replica.model import Nic
 from replica.platforms import servant
 from replica.platforms.azure.platform import AzurePlatform
-from replica.platforms.azure.settings import read
+from replica.platforms.azure.settings import Container, read
+from replica.platforms.azure.storage import Blobs
 from replica.platforms.platform import DiskSpec, MachineSpec, Power
+from tests.support import conversion_disks
 from tests.support.azurite import ACCOUNT, Azurite, azurite
 from tests.support.engine import BLOCK, random_blocks
 from tests.support.fake_az import FakeAz
 from tests.support.recovery import Recovery
 from tests.support.servers import program
+from vhdx.raw import RawDisk
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="a server of the disks runs beside"),
@@ -285,9 +290,6 @@ def place(server: Azurite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def blobs_of(server: Azurite, machine: str) -> list[str]:
-    from replica.platforms.azure.settings import Container  # noqa: PLC0415
-    from replica.platforms.azure.storage import Blobs  # noqa: PLC0415
-
     opened = Blobs(Container(server.container, ACCOUNT), server.environment)
     try:
         return [one.name for one in opened.list(f"{machine}/")]
@@ -365,3 +367,39 @@ def test_what_stands_against_it_is_known_before_the_source_is_shut_down(
     for name in ("web", "many"):
         assert good("status", name)["standing"] == "protected"
         assert good("points", name)["points"][-1]["point"] == 1
+
+
+@pytest.mark.skipif(bool(conversion_disks.missing()), reason=conversion_disks.missing() or "all is there")
+@pytest.mark.parametrize("generation", [1, 2])
+def test_a_uefi_machine_goes_as_it_is_or_converted_and_starts_from_the_disk_with_the_system(
+    server: Azurite, place: Path, generation: int
+) -> None:
+    esp, root = conversion_disks.esp_files(), conversion_disks.root_files()
+    places = conversion_disks.plain_places(
+        conversion_disks.make_esp(place, esp), conversion_disks.make_root(place, root)
+    )
+    system = conversion_disks.make_disk(places, conversion_disks.PLAIN_SECTORS).to_file(place / "system.raw")
+    (place / "data.raw").write_bytes(b"data".ljust(1 << 20, b"\0"))
+    good("protect", "uefi", "--disk", place / "data.raw", "--disk", system, "--generation", "2")
+    good("replicate", "uefi")
+    asked = ("failover", "uefi", "--unplanned", "--platform", "azure", "--yes")
+    made = good(*asked, *(("--generation", "1") if generation == 1 else ()))["machine"]
+    assert (made["generation"], made["converted"]) == (generation, generation == 1)
+
+    folder = place / "state" / "machines" / "azure" / made["name"]
+    document = json.loads((folder / "azuredeploy.json").read_text())
+    disks = [one["properties"] for one in document["resources"] if one["type"] == "Microsoft.Compute/disks"]
+    assert disks[0]["creationData"]["sourceUri"] == "[parameters('disk1Blob')]"
+    assert disks[0]["hyperVGeneration"] == f"V{generation}" and "osType" not in disks[1]
+    parameters = json.loads((folder / "azuredeploy.parameters.json").read_text())["parameters"]
+    assert parameters["osType"]["value"] == "Linux"
+
+    with RawDisk.open(system) as disk:
+        wanted = bytearray(disk.read_at(0, disk.size))
+        for group in plan_bios(as_device(disk)).groups() if generation == 1 else ():
+            for offset, written in group:
+                wanted[offset : offset + len(written)] = written
+    opened = Blobs(Container(server.container, ACCOUNT), server.environment)
+    assert opened.blob(f"{made['name']}/disk-1.vhd").read(0, len(wanted)) == bytes(wanted)
+    opened.close()
+    good("cleanup", "uefi", "--yes")

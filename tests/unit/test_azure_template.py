@@ -312,3 +312,11 @@ def test_disks_that_azure_does_not_take_are_named_all_at_once() -> None:
     ) and "disk 2 has sectors of 4096" in str(caught.value)
     with pytest.raises(PlatformError, match="no disks"):
         check_disks(_spec())
+
+
+def test_only_what_a_bios_starts_from_is_held_to_what_an_mbr_addresses() -> None:
+    large, small = DiskSpec(0, 3000 * GIB, "scsi"), DiskSpec(1, GIB, "scsi")
+    check_disks(_spec(large, small))  # nobody has looked yet
+    check_disks(_spec(large, small), 1)
+    with pytest.raises(PlatformError, match="starts from 2048"):
+        check_disks(_spec(large, small), 0)

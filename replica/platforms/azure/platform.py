@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 from uuid import uuid5
@@ -43,10 +43,21 @@ GUIDE: Final = "START.txt"
 ARM_TEMPLATE: Final = "azuredeploy.json"
 BICEP_TEMPLATE: Final = "main.bicep"
 PARAMETERS: Final = "azuredeploy.parameters.json"
+SYSTEM: Final = "system.json"
+MOST_LOOKED_AT: Final = 8  # disks, for a system
 UNKNOWN_GROUP: Final = "RESOURCE-GROUP"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}[A-Za-z0-9]|[A-Za-z0-9]")
 _DISK = re.compile(r"disk-(\d{1,4})\.vhd")
+
+
+@dataclass(frozen=True, slots=True)
+class _SystemDisk:
+    """The disk that a machine starts from, and what is on it. ``is_seen``: somebody has looked."""
+
+    number: int
+    system: Literal["linux", "windows"] | None
+    is_seen: bool = False
 
 
 class AzurePlatform:
@@ -116,7 +127,7 @@ class AzurePlatform:
             folder.make()
             with folder.errors("make the machine"):
                 folder.description.unlink(missing_ok=True)
-                (folder.path / PARAMETERS).unlink(missing_ok=True)  # it told the system of another machine
+                (folder.path / SYSTEM).unlink(missing_ok=True)  # that of another machine
             self._write_template(folder, spec)
             folder.write(spec)
 
@@ -137,9 +148,9 @@ class AzurePlatform:
             return
         self.hydrate(name)
         folder = self.folder(name)
-        if self._system(folder, spec) is None:
+        if self._system(folder, spec).system is None:
             raise PlatformError(
-                f"whether {spec.vm_name} is a Linux or a Windows machine is not seen on its first disk",
+                f"whether {spec.vm_name} is a Linux or a Windows machine is not seen on its disks",
                 hint='set system = "linux" or "windows" in [platforms.azure]',
             )
         self._write_template(folder, spec)
@@ -194,7 +205,7 @@ class AzurePlatform:
                 for disk in spec.disks
                 if not uploading.is_whole(there.get(_blob_name(name, disk.number)), _content(folder, disk), disk.size)
             ]
-            if self._system(folder, spec) is None:
+            if not self._system(folder, spec).is_seen:
                 self._look_for_system(folder, spec)
             for disk in missing:
                 with folder.errors(f"upload disk {disk.number}"), self._opened(folder, disk) as source:
@@ -261,6 +272,8 @@ class AzurePlatform:
 
     def _template(self, folder: MachineFolder, spec: MachineSpec) -> Template:
         settings = self._settings
+        system = self._system(folder, spec)
+        disks = sorted(spec.disks, key=lambda one: one.number != system.number)  # what it starts from goes first
         return template(
             MachineTemplate(
                 name=spec.name,
@@ -268,13 +281,11 @@ class AzurePlatform:
                 generation=spec.machine.generation,
                 size=size_for(spec.machine, len(spec.disks) - 1, settings.vm_size),
                 account=settings.container.account,
-                disks=tuple(
-                    TemplateDisk(one.number, self._url(_blob_name(spec.name, one.number))) for one in spec.disks
-                ),
+                disks=tuple(TemplateDisk(one.number, self._url(_blob_name(spec.name, one.number))) for one in disks),
                 nics=max(1, len(spec.machine.nics)),
                 closed=spec.isolated,
                 disk_sku=settings.disk_sku,
-                system=self._system(folder, spec),
+                system=system.system,
                 location=settings.location,
                 subnet=settings.test_subnet if spec.isolated else settings.subnet,
                 storage_account_id=settings.storage_account_id,
@@ -288,27 +299,35 @@ class AzurePlatform:
         folder.write_file(PARAMETERS, made.parameter_file().encode())
         folder.write_file(GUIDE, f"{self.guide(spec)}\n".encode())
 
-    def _system(self, folder: MachineFolder, spec: MachineSpec) -> Literal["linux", "windows"] | None:
-        """Return the system on the first disk: as the conversion told, or the settings, or as it was found there."""
-        known = spec.system or self._settings.system
-        if known is not None:
-            return known
+    def _system(self, folder: MachineFolder, spec: MachineSpec) -> _SystemDisk:
+        """Return what the machine starts from, as far as it is known: until it was looked for, the first disk."""
         try:
-            told: Any = json.loads((folder.path / PARAMETERS).read_bytes())
-            value = told["parameters"]["osType"]["value"]
+            told: Any = json.loads((folder.path / SYSTEM).read_bytes())
+            found = _SystemDisk(int(told["disk"]), told["system"], is_seen=True)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return None
-        return "linux" if value == "Linux" else "windows" if value == "Windows" else None
+            found = _SystemDisk(spec.disks[0].number, None)
+        known = spec.system or self._settings.system
+        return found if known is None else replace(found, system=known)
 
     def _look_for_system(self, folder: MachineFolder, spec: MachineSpec) -> None:
-        """Look at the first disk for its system, and write the template anew where one is found."""
-        with folder.errors("look for the system"), self._opened(folder, spec.disks[0]) as disk:
-            try:
-                found = inspect(as_device(disk)).system
-            except ConversionError:
-                return  # whoever deploys it knows
-        if found is not None:
-            self._write_template(folder, replace(spec, system=found))
+        """Find the disk that the machine starts from, and write the template anew for it. Raises PlatformError."""
+        found = _SystemDisk(spec.disks[0].number, None)
+        converted = _converted_disk(folder)
+        if converted is not None and spec.system is not None:
+            found = _SystemDisk(converted, spec.system)
+        else:
+            for disk in spec.disks[:MOST_LOOKED_AT]:
+                with folder.errors(f"look for a system on disk {disk.number}"), self._opened(folder, disk) as opened:
+                    try:
+                        system = inspect(as_device(opened)).system
+                    except ConversionError:
+                        continue  # whoever deploys it knows
+                if system is not None:
+                    found = _SystemDisk(disk.number, system)
+                    break
+        check_disks(spec, found.number)
+        folder.write_file(SYSTEM, json.dumps({"disk": found.number, "system": found.system}).encode())
+        self._write_template(folder, spec)
 
     def _states_of_others(self, there: Mapping[str, BlobState]) -> Iterator[DiskState]:
         """Tell of disks that another host made, by what is noted with them."""
@@ -343,6 +362,13 @@ def _prefix(name: str) -> str:
 
 def _blob_name(name: str, disk: int) -> str:
     return f"{_prefix(name)}disk-{disk}.vhd"
+
+
+def _converted_disk(folder: MachineFolder) -> int | None:
+    """Return the number of the disk that is converted on the way, if any is. Raises PlatformError."""
+    if not (folder.path / servant.CONFIGURATION).exists():
+        return None
+    return servant.read_spec(folder.path).converted_disk
 
 
 def _content(folder: MachineFolder, disk: DiskSpec) -> str:

@@ -77,11 +77,15 @@ def size_for(machine: Machine, data_disks: int, wanted: str | None = None) -> st
 _HINT: Final = "set vm_size in [platforms.azure] to one that does"
 
 
-def check_disks(spec: MachineSpec) -> None:
-    """Refuse disks that Azure does not take. Raises PlatformError naming each."""
+def check_disks(spec: MachineSpec, system_disk: int | None = None) -> None:
+    """Refuse disks that Azure does not take. Raises PlatformError naming each.
+
+    ``system_disk`` is the number of the one that the machine starts from, None where that is not known yet.
+    """
     if not spec.disks:
         raise PlatformError(f"{spec.vm_name} has no disks")
-    first = spec.disks[0].number
+    if system_disk is None and len(spec.disks) == 1:
+        system_disk = spec.disks[0].number
     mistakes: list[str] = []
     for disk in spec.disks:
         if disk.sector_size != 512:
@@ -90,7 +94,7 @@ def check_disks(spec: MachineSpec) -> None:
             mistakes.append(
                 f"disk {disk.number} has {disk.size} bytes, and a page blob becomes a disk of 4095 GiB at most"
             )
-        elif disk.number == first and spec.machine.generation == 1 and disk.size > LARGEST_BIOS_DISK_BYTES:
+        elif disk.number == system_disk and spec.machine.generation == 1 and disk.size > LARGEST_BIOS_DISK_BYTES:
             mistakes.append(
                 f"disk {disk.number} has {disk.size} bytes, and a machine of Generation 1 starts from 2048 GiB at most"
             )
