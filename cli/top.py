@@ -140,7 +140,9 @@ class _Frame:
         from rich import box  # noqa: PLC0415
         from rich.table import Table  # noqa: PLC0415
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), width=width, expand=True)
+        table = Table(
+            box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True, width=width, expand=True
+        )
         rows = self.board.rows
         shown = rows if len(rows) <= room else rows[: room - 1]
         longest = max((len(escape(row.name)) for row in shown), default=0)
@@ -152,7 +154,7 @@ class _Frame:
                 overflow="ellipsis",
                 ratio=1 if position == 6 else None,
                 # The name gets what it needs, but leaves room to say what is wrong.
-                max_width=max(12, min(longest, width // 4 if width < NARROW else width // 3))
+                max_width=max(12, min(longest, width // 5 if width < NARROW else width // 3))
                 if position == 0
                 else None,
             )
@@ -164,16 +166,16 @@ class _Frame:
 
     def cells(self, row: Row) -> list[Text]:
         """Return the cells of a VM's row."""
-        rpo = "none" if row.rpo_seconds is None else duration_text(row.rpo_seconds)
+        rpo = "none" if row.rpo_seconds is None else _span(row.rpo_seconds)
         late = "yellow" if row.late > 2 else ""
         why = row.error or ", ".join(row.why)
         return [
             _text(row.name),
             _text(row.health.value, _STYLE[row.health]),
             _text(rpo, late),
-            _text(duration_text(row.wanted_seconds)),
+            _text(_span(row.wanted_seconds)),
             _text(_short(row.state)),
-            _text(_until(row.next_at, self.board.at)),
+            _text("" if row.next_at is None else _span((row.next_at - self.board.at).total_seconds())),
             _text(why, "dim" if row.health is Severity.NORMAL else ""),
         ]
 
@@ -240,6 +242,16 @@ def _progress(one: Any, now: datetime) -> str:
     return f"{one.name} ({progress.phase or 'begins'}{share}{took})"
 
 
+def _span(seconds: float) -> str:
+    """Return a span of time as a narrow column has room for it: 45s, 4m35s, 2h5m, 3d4h."""
+    whole = max(0, int(seconds))
+    for size, unit, smaller, rest in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            left = whole % size // smaller
+            return f"{whole // size}{unit}{f'{left}{rest}' if left else ''}"
+    return f"{whole}s"
+
+
 def _until(moment: datetime | None, now: datetime) -> str:
     if moment is None:
         return ""
@@ -252,6 +264,7 @@ def _short(state: str) -> str:
         "ready for initial replication": "no point yet",
         "initial replication in progress": "first cycle",
         "replicating from the recovery machine": "reversed",
+        "replicating": "replicates",
         "failed over, waiting for commit": "failed over",
     }.get(state, state)
 

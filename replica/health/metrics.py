@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from replica.health.assessment import Assessment, Readiness
 from replica.health.rules import Severity
@@ -95,20 +97,31 @@ FLEET: Final = (
 
 def metrics(assessments: Iterable[Assessment], now_seconds: float) -> str:
     """Return the assessments as Prometheus text, as of ``now_seconds`` since 1970. Every label's value is escaped."""
-    registry = CollectorRegistry()
-    gauges = [(Gauge(name, text, ["vm"], registry=registry), value) for name, text, value in METRICS]
-    fleet = Gauge(*FLEET[0], ["health"], registry=registry)
-    made = Gauge(*FLEET[1], registry=registry)
-    made.set(now_seconds)
+    gauges = [(GaugeMetricFamily(name, text, labels=["vm"]), value) for name, text, value in METRICS]
+    fleet = GaugeMetricFamily(*FLEET[0], labels=["health"])
+    made = GaugeMetricFamily(*FLEET[1], value=now_seconds)
     count = dict.fromkeys(Severity, 0)
     for one in assessments:
         count[one.health] += 1
         # What UTF-8 cannot say is written escaped, or the whole text could not be written.
-        name = one.seen.name.encode("utf-8", "backslashreplace").decode()
+        label = [one.seen.name.encode("utf-8", "backslashreplace").decode()]
         for gauge, value in gauges:
             found = value(one)
             if found is not None:
-                gauge.labels(vm=name).set(found)
+                gauge.add_metric(label, found)
     for severity, number in count.items():
-        fleet.labels(health=severity.value).set(number)
+        fleet.add_metric([severity.value], number)
+    registry = CollectorRegistry()
+    registry.register(_Families([*(gauge for gauge, _ in gauges), fleet, made]))
     return generate_latest(registry).decode()
+
+
+class _Families(Collector):
+    """Metrics that are made already: thousands of labels are dear one by one."""
+
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        """Return them."""
+        return self._families

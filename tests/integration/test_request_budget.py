@@ -10,6 +10,8 @@ import pytest
 
 from replica import catalog, cycle, history, protection
 from replica.catalog import ProtectedVm
+from replica.health import report
+from replica.health.publishing import Publisher, Watched
 from replica.model import Point
 from replica.restore import Nowhere, PointReader
 from replica.stores.memory import MemoryStore
@@ -19,6 +21,7 @@ from tests.support.store_doubles import RecordingStore
 
 TIB = 1 << 40
 METADATA_BYTES = 64 << 10
+FLEET = 220  # VMs
 
 
 class Vm:
@@ -130,3 +133,31 @@ def test_the_document_says_the_same() -> None:
         "manifest": 1,
         "lease, released": 1,
     }
+
+
+def test_a_fleet_costs_a_few_objects_for_a_hundred_vms_to_report_on_and_one_a_minute_to_write(tmp_path: Path) -> None:
+    store, host = RecordingStore(MemoryStore("fleet")), make_host(tmp_path / "state")
+    catalog.init_store(store, host)
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(BLOCK))
+    found = [
+        protection.protect(store, host, tenant="default", name=f"vm {number:03}", disks=[path])[0]
+        for number in range(FLEET)
+    ]
+    publisher = Publisher(host, "default")
+    watched = [Watched(one, "waiting") for one in found]
+    publisher.publish(store, watched)
+    store.forget()
+    point = cycle.replicate(store, host, found[0])
+    publisher.note_cycle(found[0].keys.vm_id, point, 2, 1)
+    store.forget()
+    publisher.publish(store, watched)
+    assert [one.kind for one in store.requests] == ["list", "replace"]
+
+    store.forget()
+    made = report.report(store, make_host(name="elsewhere", clock=host.clock), "default")  # type: ignore[arg-type]
+    assert len(made.assessments) == FLEET
+    assert made.direct == 0
+    assert store.counts["get"] <= 1 + -(-FLEET // 100)
+    assert store.counts["list"] == 3
+    assert sum(store.counts.values()) * 100 / FLEET <= 5

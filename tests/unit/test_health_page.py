@@ -13,9 +13,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from replica.health import charts, style
+from replica.health import page as pages
 from replica.health.assessment import assess
 from replica.health.metrics import FLEET, METRICS, metrics
-from replica.health.observation import Observation
+from replica.health.observation import AgentNote, Observation
 from replica.health.page import page
 from replica.health.plot import Series, binned, plot, span_for
 from replica.health.rules import RULES
@@ -270,3 +271,34 @@ def test_points_that_are_not_known_any_more_make_no_rpo_of_their_own_gap() -> No
     reached = [grown for _, grown in charts.exposures(healthy(samples=(points[0], points[-1])))]
     # 24 cycles in two hours, and the last was there after 20 seconds.
     assert reached == [pytest.approx((24 * 300 + 20) / 24), 120.0]
+
+
+def test_very_many_machines_make_a_page_that_a_browser_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (pages.MOST_DETAILED, pages.MOST_IN_TABLE) == (1000, 500)
+    monkeypatch.setattr(pages, "MOST_DETAILED", 100)
+    monkeypatch.setattr(pages, "MOST_IN_TABLE", 50)
+    worst = healthy(name="the worst", samples=(), drills=(), listed=0, leftovers=True, damaged=frozenset())
+    note = AgentNote("host-a", NOW - MINUTE, "waiting")
+    bare = healthy(samples=healthy().samples[-2:], drills=(), as_of=NOW - 3 * MINUTE, agent=note)
+    count = 170
+    fleet = [assess(replace(bare, name=f"app-{number:04}")) for number in range(count - 1)]
+    text = page([*fleet, assess(worst)], NOW)
+    document = Document(text)
+    rows = [attrs for tag, attrs in document.elements if tag == "th" and attrs.get("scope") == "row"]
+    assert len(rows) == count, "all have a row"
+    ids = {attrs["id"] for _, attrs in document.elements if "id" in attrs}
+    assert sum((one or "").startswith("vm-") for one in ids) == 100
+    links = [(attrs["href"] or "").removeprefix("#") for tag, attrs in document.elements if tag == "a"]
+    assert set(links) <= ids, "none leads to a section that is not there"
+    assert text.index(">the worst<") < text.index(">app-0000<"), "the gravest first"
+    assert document.elements.count(("table", {})) == 4, "none of more than fifty rows"
+    assert "70 more machines have a row above" in text
+    assert f"{count - 1} of them as their agents wrote down, at most 3 min before" in text
+
+
+def test_a_machine_s_section_says_whose_word_it_is() -> None:
+    note = AgentNote("host-a", NOW - MINUTE, "retrying", 2, "<b>no room</b>")
+    text = page([assess(healthy(as_of=NOW - MINUTE, agent=note))], NOW)
+    assert "the agent on host-a, 2026-03-31 11:59" in text
+    assert "retrying, 2 failures in a row: &lt;b&gt;no room&lt;/b&gt;" in text
+    assert "Told by" not in page([assess(healthy())], NOW)
