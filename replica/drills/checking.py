@@ -159,25 +159,30 @@ class Examiner:
         channel = self._channel()
         is_service = check.kind is Kind.SERVICE
         command = ("systemctl", "is-active", "--", check.service) if is_service else check.command
+        last: str | None = None  # what was seen when the program came to its end
         while True:
-            passed, observed = self._ran(channel, check, command, until)
+            ended, passed, observed = self._ran(channel, check, command, until)
+            last = observed if ended or last is None else last
             if passed or not (is_service or check.retry) or self._now() >= until:
-                return passed, observed
+                return passed, last  # not that it did not end, where that was for want of time to ask once more
             self.sleep(self._span(until, ASK_AGAIN_SECONDS))
 
-    def _ran(self, channel: GuestChannel, check: Check, command: tuple[str, ...], until: float) -> tuple[bool, str]:
+    def _ran(
+        self, channel: GuestChannel, check: Check, command: tuple[str, ...], until: float
+    ) -> tuple[bool, bool, str]:
+        """Run the program once; return whether it ended, whether that will do, and what was seen."""
         try:
             status, output, errors = channel.execute(command, timeout_seconds=self._span(until))
         except PlatformError as error:
-            return False, error.message
+            return False, False, error.message
         said = output[: 4 * MATCHED_CHARACTERS].decode("utf-8", "replace")[:MATCHED_CHARACTERS]
         told = (said.strip() or errors[:MATCHED_CHARACTERS].decode("utf-8", "replace").strip())[:400]
         if check.kind is Kind.SERVICE:
-            return status == 0 and said.strip() == "active", told or f"status {status}"
+            return True, status == 0 and said.strip() == "active", told or f"status {status}"
         passed = status == check.status
         if check.match is not None:
             passed = passed and re.search(check.match, said, re.MULTILINE) is not None
-        return passed, f"status {status}: {told}" if told else f"status {status}"
+        return True, passed, f"status {status}: {told}" if told else f"status {status}"
 
     def _file(self, check: Check, until: float) -> tuple[bool, str]:
         content = self._channel().read_file(

@@ -157,7 +157,7 @@ def test_a_wrong_service_fails_though_the_guest_is_up(place: Place) -> None:
     checks = [
         {"kind": "agent", "timeout": "5m"},
         {"kind": "service", "service": "qemu-guest-agent.service", "timeout": "2m"},
-        {"name": "database", "kind": "service", "service": "postgresql.service", "timeout": "1s"},
+        {"name": "database", "kind": "service", "service": "postgresql.service", "timeout": "15s"},
     ]
     told = place.failed(place.begin_drill("--generation", "1", "--point", "1", checks=checks), "database: inactive")
     assert [(one["kind"], one["passed"]) for one in told["checks"]] == [

@@ -158,6 +158,12 @@ def test_a_service_that_comes_up_late_is_waited_for(place: Range) -> None:
     assert done.drill.passed, done.drill.reasons
 
 
+def test_what_was_seen_of_a_service_is_told_though_the_time_is_up_before_it_is_asked_again(place: Range) -> None:
+    place.guest.execution_seconds = 4.0  # so it is asked twice, and the third answer would come too late
+    done = place.drill(check(Kind.AGENT), check(Kind.SERVICE, service="postgresql", timeout_seconds=10.0))
+    assert_failed(place, done, "service: not found")
+
+
 def damage_the_point(place: Range, number: int) -> None:
     """Cut a segment that only that point needs."""
     lab = place.site.lab
