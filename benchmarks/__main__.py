@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import conversion, extraction, live, memory, peers, peers_tracked, recovery, replication, tracked
+from benchmarks import conversion, extraction, fleet, live, memory, peers, peers_tracked, recovery, replication, tracked
 
 
 def main() -> None:
@@ -23,8 +23,8 @@ def main() -> None:
         "what",
         nargs="*",
         default=["replication", "maps", "memory"],
-        help="replication, maps, memory; if named also conversion, tracked, recovery, live, peers, peers-s3, "
-        "peers-tracked (see benchmarks/peers.py)",
+        help="replication, maps, memory; if named also conversion, tracked, recovery, live, fleet, peers, "
+        "peers-s3, peers-tracked (see benchmarks/peers.py)",
     )
     parser.add_argument(
         "--folder", type=Path, help="where images and stores go  [a memory file system, if there is room]"
@@ -51,6 +51,9 @@ def main() -> None:
             if what in options.what and (measured := module.run(folder, runs=options.runs)) is not None:
                 results[what] = measured
                 module.show(measured)
+        if "fleet" in options.what:
+            results["fleet"] = fleet.run(folder)
+            fleet.show(results["fleet"])
         if "peers-tracked" in options.what:
             results["peers-tracked"] = peers_tracked.run(folder, runs=options.runs, tools=options.tools)
             peers_tracked.show(results["peers-tracked"])

@@ -14,6 +14,7 @@ from replica import catalog, garbage, immutability, pins, retention, rewriting, 
 from replica import prune as pruning
 from replica.errors import GodwitError
 from replica.garbage import Collection, References
+from replica.health import gathering
 from replica.immutability import Prolongation
 from replica.prune import Pruning
 from replica.rewriting import Rewriting
@@ -151,6 +152,8 @@ def gc(
     if not dry_run:
         output.confirm("Delete what no recovery point needs any more?", yes=yes)
     references = garbage.survey(store, tenant, workers=session.configuration.workers)
+    if not dry_run:
+        gathering.sweep(store, tenant, session.host.clock.now())
     span = timedelta(seconds=grace) if grace is not None else garbage.GRACE
     results: list[dict[str, Any]] = []
     code = None

@@ -5,7 +5,6 @@ Each returns a ``Result`` and raises nothing: what went wrong is in it.
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -279,8 +278,7 @@ def _gc(unit: Unit, site: Site) -> Result:
             site.collecting = None
         deleted, reclaimed = deleted + done.deleted.objects, reclaimed + done.deleted.bytes
         waiting, busy = waiting + done.waiting.bytes, busy + (done.busy is not None)
-    with contextlib.suppress(StoreError):  # a digest too many is no harm
-        gathering.sweep(store, unit.tenant, site.host.clock.now())
+    gathering.sweep(store, unit.tenant, site.host.clock.now())
     fields = {"deleted_objects": deleted, "reclaimed_bytes": reclaimed, "waiting_bytes": waiting, "busy_vms": busy}
     if errors:
         return Result(judge(errors[0]), {**fields, "failed_vms": len(errors)}, errors[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from replica import catalog, changes, keys
-from replica.errors import FormatVersionError, IntegrityError, ObjectMissingError, TenantKeyError
+from replica.errors import FormatVersionError, IntegrityError, ObjectMissingError, StoreError, TenantKeyError
 from replica.health import digest
 from replica.health.digest import Digest, Rows
 from replica.health.observation import Observation
@@ -171,8 +172,18 @@ def unknown_marks(marks: Iterable[changes.Mark], told: Iterable[Observation]) ->
 def sweep(store: Store, tenant: str, now: datetime) -> int:
     """Delete digests that nobody has written for long, and marks that are known; return how many objects went.
 
-    What cannot be read stays, as it may be a later version's. Raises StoreError.
+    What cannot be read stays, as it may be a later version's. Where the store fails the rest is left for the next time.
     """
+    gone = 0
+    with contextlib.suppress(StoreError):
+        for key in _swept(store, tenant, now):
+            store.delete(key)
+            gone += 1
+    return gone
+
+
+def _swept(store: Store, tenant: str, now: datetime) -> list[str]:
+    """Return what is to be deleted."""
     opener = digest.Opener(store, tenant)
     told: dict[str, list[Observation]] = {}
     gone: list[str] = []
@@ -196,6 +207,4 @@ def sweep(store: Store, tenant: str, now: datetime) -> int:
         if (mark.vm_id in told or all_read)
         and all(mark.is_known(seen.settings_version, seen.event_at) for seen in told.get(mark.vm_id, ()))
     ]
-    for key in gone:
-        store.delete(key)
-    return len(gone)
+    return gone
