@@ -16,7 +16,7 @@ from replica.cycle import Basis
 from replica.errors import GodwitError, IntegrityError, PlatformError, StandingError, UsageError
 from replica.failover import conversions, transitions
 from replica.failover.choosing import Choice, PassedOver, choose
-from replica.failover.identity import identity_of
+from replica.failover.identity import identities_at_home, identity_of
 from replica.failover.means import Means
 from replica.failover.proving import prove
 from replica.failover.stopping import Stopped
@@ -33,7 +33,7 @@ from replica.model import (
     Standing,
     State,
 )
-from replica.platforms.platform import Checked, DiskSpec, Guiding, MachineSpec, Particular, Platform, Power
+from replica.platforms.platform import Checked, DiskSpec, Guiding, MachineSpec, Particular, Platform, Power, Reporting
 from replica.source import is_live
 from vhdx.progress import Progress, silent
 
@@ -87,7 +87,7 @@ def failover(means: Means, order: Order, progress: Progress = silent) -> Failove
     lose something, PlatformError, StoreError.
     """
     if order.kind is FailoverKind.TEST:
-        return _test(means, order)
+        return _test(means, order, progress)
     if order.kind is FailoverKind.PLANNED and order.point is not None:
         raise UsageError(
             "a planned failover takes the point that is made once the source is off", hint="leave --point out"
@@ -110,12 +110,12 @@ def plan(means: Means, order: Order) -> Plan:
     return Plan(choice.point, choice.passed_over, platform, generation, planned.disk)
 
 
-def _test(means: Means, order: Order) -> Failover:
+def _test(means: Means, order: Order, progress: Progress) -> Failover:
     settings = catalog.settings_in_force(means.store, means.found)
     transitions.require(means.name, settings.state, Command.TEST)
     begun = next((one for one in settings.state.beside if one.name == order.machine), None)
     if begun is not None:
-        return _go_on_with_test(means, settings.state, begun)
+        return _go_on_with_test(means, settings.state, begun, progress)
     choice = choose(means.store, means.host, means.found, order.point, workers=means.workers)
     machine, conversion = _machine(means, order, choice.point, FailoverKind.TEST)
     with means.turn(Command.TEST) as taken:
@@ -123,7 +123,7 @@ def _test(means: Means, order: Order) -> Failover:
         state = transitions.add_test(taken.state, machine)
         taken.put(replace(taken.settings, state=state), Command.TEST)
     with _hinted(f"'godwit cleanup {means.name} --test {machine.name}' removes what was made"):
-        disks = bring_up(means, machine, choice.point, conversion)
+        disks = bring_up(means, machine, choice.point, conversion, progress)
     notes = () if means.offer(machine.platform).starts else _guidance(means.platform_of(machine), machine)
     return Failover(replace(machine, disks=disks), state.standing, choice.passed_over, notes=notes)
 
@@ -135,9 +135,10 @@ def _guidance(platform: Platform, machine: RecoveryMachine) -> tuple[str, ...]:
     return (f"how a machine is made of this is said in {platform.guide_path(machine.name)}",)
 
 
-def _go_on_with_test(means: Means, state: State, machine: RecoveryMachine) -> Failover:
+def _go_on_with_test(means: Means, state: State, machine: RecoveryMachine, progress: Progress) -> Failover:
     point = history.point(means.store, means.found.keys, machine.point)
-    disks = bring_up(means, machine, point, conversions.kept(means.store, means.found, machine))
+    conversion = conversions.kept(means.store, means.found, machine)
+    disks = bring_up(means, machine, point, conversion, progress)
     return Failover(replace(machine, disks=disks), state.standing, resumed=True)
 
 
@@ -202,9 +203,13 @@ def spec_of(means: Means, platform: Platform, machine: RecoveryMachine, point: P
     return MachineSpec(machine.name, means.name, described, disks, machine.isolated, system)
 
 
-def bring_up(means: Means, machine: RecoveryMachine, point: Point, conversion: Conversion) -> tuple[MachineDisk, ...]:
+def bring_up(
+    means: Means, machine: RecoveryMachine, point: Point, conversion: Conversion, progress: Progress = silent
+) -> tuple[MachineDisk, ...]:
     """Make and start a machine that the settings name; return its disks. Safe to repeat. Raises PlatformError."""
     platform = means.platform_of(machine)
+    if isinstance(platform, Reporting):
+        platform.report_to(progress)
     platform.define(spec_of(means, platform, machine, point, conversion))
     if means.offer(machine.platform).starts:
         platform.start(machine.name)
@@ -299,7 +304,9 @@ class _Failover:
         newest = self._turn.newest
         assert newest is not None, "a point was chosen"
         home = Home(settings.machine, settings.sources, newest.point)
-        self._turn.put(replace(settings, state=transitions.intend(settings.state, machine, home)), Command.FAILOVER)
+        known = () if settings.state.home is not None else identities_at_home(settings.machine, newest)
+        state = transitions.intend(settings.state, machine, home)
+        self._turn.put(replace(settings, state=state), Command.FAILOVER, known)
 
     def _go_on(self) -> None:
         """Go on with what was begun, on this host if the one where it was cannot be reached from here."""
@@ -345,7 +352,7 @@ class _Failover:
         point = history.point(self._means.store, self._means.found.keys, machine.point)
         conversion = conversions.kept(self._means.store, self._means.found, machine)
         with self._turn.kept():
-            disks = bring_up(self._means, machine, point, conversion)
+            disks = bring_up(self._means, machine, point, conversion, self._progress)
             platform = self._means.platform_of(machine)
             identity = identity_of(platform, machine, point.machine)
         settings = self._turn.settings

@@ -45,6 +45,11 @@ def make(
         convert_disk(source, path, format=format, progress=progress)
 
 
+def told_of(disk: int, progress: Progress) -> Progress:
+    """Return what tells how far one of several disks is: each is a phase of its own."""
+    return lambda done_bytes, total_bytes, phase: progress(done_bytes, total_bytes, f"{phase} disk {disk}")
+
+
 @contextmanager
 def opened(folder: MachineFolder, disk: DiskSpec, environment: Mapping[str, str]) -> Iterator[Disk]:
     """Open what the disk is to be made from. Raises GodwitError, DiskError."""

@@ -45,6 +45,10 @@ class FilesPlatform:
         self._progress = progress
         self._environment = environment
 
+    def report_to(self, progress: Progress) -> None:
+        """Tell from now on how far the disks are."""
+        self._progress = progress
+
     @property
     def name(self) -> PlatformName:
         """The platform's name."""
@@ -113,7 +117,12 @@ class FilesPlatform:
                 with folder.errors(f"make disk {disk.number}"):
                     path = self._path(folder, disk)
                     diskfile.make(
-                        folder, disk, path, self._format, environment=self._environment, progress=self._progress
+                        folder,
+                        disk,
+                        path,
+                        self._format,
+                        environment=self._environment,
+                        progress=diskfile.told_of(disk.number, self._progress),
                     )
 
     def channel(self, name: str) -> GuestChannel | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from replica.model import Machine
+from vhdx.progress import Progress
 
 PlatformName: TypeAlias = Literal["qemu", "libvirt", "files", "hyperv", "azure"]
 
@@ -92,6 +93,14 @@ class Particular(Protocol):
 
     def check_machine(self, spec: MachineSpec) -> None:
         """Return if the machine, whose name and disks' addresses are not known yet, can be. Raises PlatformError."""
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A platform that makes whole disks, and can tell how far it is."""
+
+    def report_to(self, progress: Progress) -> None:
+        """Tell it from now on."""
 
 
 @runtime_checkable

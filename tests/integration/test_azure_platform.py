@@ -307,6 +307,7 @@ def test_the_commands_upload_settle_and_clean_up(server: Azurite, place: Path) -
 
     code, out, err = run("failover", "web", "--planned", "--platform", "azure", "--yes")
     assert code == 0, err
+    assert '"phase": "uploading disk 0"' in err and "START.txt" in err
     assert re.search(r"web lies ready from point 2 on azure, Generation 1, as godwit-\w+-\w+\n", out)
     status = good("status", "web")
     machine = status["recovery_machine"]

@@ -97,6 +97,10 @@ class AzurePlatform:
         """Return the names of all machines that are defined from this host."""
         return self._folders.names()
 
+    def report_to(self, progress: Progress) -> None:
+        """Tell from now on how far uploads are."""
+        self._progress = progress
+
     def check(self) -> None:
         """Return if the container can be reached with the credentials, and az its group. Raises PlatformError."""
         with self._blobs() as blobs:
@@ -265,7 +269,8 @@ class AzurePlatform:
             uploads=self._settings.uploads,
             verify=self._settings.verify,
         )
-        uploading.upload(source, blobs.blob(_blob_name(folder.name, disk.number)), order, progress=self._progress)
+        blob = blobs.blob(_blob_name(folder.name, disk.number))
+        uploading.upload(source, blob, order, progress=diskfile.told_of(disk.number, self._progress))
 
     def _opened(self, folder: MachineFolder, disk: DiskSpec) -> AbstractContextManager[Disk]:
         return diskfile.opened(folder, disk, self._environment)
