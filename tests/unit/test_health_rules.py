@@ -124,11 +124,24 @@ CASES = [
     Case("rpo-late", healthy(), healthy(damaged=frozenset(range(1993, 2001))), 2520.0),
     Case("cannot-send", newest_aged(HOUR, leftovers=True), newest_aged(HOUR + SECOND, leftovers=True), 3601.0),
     Case("cannot-send", newest_aged(HOUR, **RAN_OUT), newest_aged(2 * HOUR, **RAN_OUT), 7200.0),
+    Case(
+        "cannot-send",
+        newest_aged(4 * HOUR, interval_seconds=3600, leftovers=True),
+        newest_aged(4 * HOUR + SECOND, interval_seconds=3600, leftovers=True),
+        14401.0,
+    ),
     Case("cycle-cut-off", healthy(), healthy(leftovers=True), True),
     Case("cycle-cut-off", healthy(lease_held=True, lease_expires_at=NOW + SECOND), healthy(**RAN_OUT), True),
     Case("cycle-cut-off", newest_aged(2 * HOUR, leftovers=True), newest_aged(HOUR, leftovers=True), True),
     Case("missed-cycles", with_gap(28), with_gap(32)),
     Case("latency", latencies(300), latencies(301), 301.0),
+    Case("latency", replace(latencies(300), interval_seconds=60), replace(latencies(301), interval_seconds=60), 301.0),
+    Case(
+        "latency",
+        replace(latencies(3600), interval_seconds=3600),
+        replace(latencies(3601), interval_seconds=3600),
+        3601.0,
+    ),
     Case("resynchronising-often", compared(2), compared(3), 3),
     Case("not-quiesced", healthy(), newest_changed(not_quiesced=True), True),
     Case(
@@ -210,6 +223,35 @@ def test_a_rule_is_quiet_up_to_its_threshold_and_speaks_beyond(case: Case) -> No
         assert judged.health.rank >= rule.severity.rank
     else:
         assert reason in judged.doubts
+
+
+def wrong_side(case: Case) -> bool:
+    return bool(found(case.quiet, case.rule)) or not found(case.speaks, case.rule)
+
+
+NUMBERS = sorted(name for name, rule in RULES.items() if rule.threshold)  # a threshold of 0 is that there is any
+INTERVALS = sorted(name for name, rule in RULES.items() if rule.intervals)
+
+
+@pytest.mark.parametrize("rule", NUMBERS)
+@pytest.mark.parametrize("factor", [0.85, 1.15])
+def test_the_cases_of_a_rule_stand_so_close_to_its_threshold_that_no_other_would_do(
+    rule: str, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threshold = RULES[rule].threshold
+    assert threshold is not None
+    other = threshold + (1 if factor > 1 else -1) if RULES[rule].unit in ("count", "files") else threshold * factor
+    monkeypatch.setitem(RULES, rule, replace(RULES[rule], threshold=other))
+    assert any(wrong_side(case) for case in CASES if case.rule == rule)
+
+
+@pytest.mark.parametrize("rule", INTERVALS)
+@pytest.mark.parametrize("factor", [0.85, 1.15])
+def test_the_same_of_thresholds_that_are_counted_in_intervals(
+    rule: str, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RULES, rule, replace(RULES[rule], intervals=RULES[rule].intervals * factor))
+    assert any(wrong_side(case) for case in CASES if case.rule == rule)
 
 
 def test_the_gravest_reason_comes_first_and_decides() -> None:
