@@ -14,6 +14,7 @@ import pytest
 from replica.hyperv import connect as connecting
 from replica.hyperv.session import SessionError
 from replica.platforms.hyperv import scripts
+from tests.support import conversion_disks
 from tests.support.engine import BLOCK
 from tests.support.fake_hyperv import FakeHost, FakeVm
 from tests.support.powershell_values import PsObject
@@ -162,6 +163,48 @@ def test_a_planned_failover_and_its_machine_removed(site: Site) -> None:
     site.fake.busy = 3  # files that Hyper-V has open for a moment
     good("cleanup", "web", "--yes")
     assert site.fake.vms == [] and list(site.share.iterdir()) == []
+
+
+def test_a_vm_that_is_replicated_from_a_host_is_shut_down_for_a_planned_failover(site: Site) -> None:
+    vm = site.fake.add_vm("erp")
+    disk = vm.add_disk("os", SIZE)
+    disk.write(BLOCK, b"before" * 100)
+    mapped = f"C:\\={site.fake.here('C:')}"
+    good("protect", "erp", "--hyperv", "erp", "--host", "hv1.example", "--host-path", mapped)
+    good("replicate", "erp")
+    disk.write(3 * BLOCK, b"after" * 100)
+    done = good("failover", "erp", "--planned", "--platform", "files", "--yes", "--json").document
+    assert vm.off and vm.recovery_checkpoints() == [] and len(disk.files) == 1
+    with open_disk(Path(done["machine"]["disks"][0]["address"])) as restored:
+        assert restored.read_at(0, restored.size) == disk.content
+    good("cleanup", "erp", "--yes")
+
+
+@pytest.mark.skipif(bool(conversion_disks.missing()), reason=conversion_disks.missing() or "all is there")
+def test_the_circle_through_generation_1(site: Site, tmp_path: Path) -> None:
+    places = conversion_disks.plain_places(
+        conversion_disks.make_esp(tmp_path, conversion_disks.esp_files()),
+        conversion_disks.make_root(tmp_path, conversion_disks.root_files()),
+    )
+    raw = conversion_disks.make_disk(places, conversion_disks.PLAIN_SECTORS).to_file(tmp_path / "system.raw")
+    before = raw.read_bytes()
+    good("protect", "sys", "--disk", raw, "--generation", "2")
+    good("replicate", "sys")
+    good("failover", "sys", "--unplanned", "--platform", "hyperv", "--generation", "1", "--yes")
+    vm = site.vm
+    assert vm.generation == 1 and [one.position for one in vm.disks] == ["ide-0-0"]
+    converted = bytes(vm.disks[0].content)
+    assert converted != before and converted[510:512] == b"\x55\xaa" and converted[:440] != before[:440]
+    good("commit", "sys")
+    free = next(at for at in range(8 * MIB, len(before), BLOCK) if not any(before[at : at + BLOCK]))
+    vm.disks[0].write(free, b"the guest was here")
+    good("reprotect", "sys")
+    done = good("replicate", "sys", "--json").document
+    assert done["changed_blocks"] < len(before) // BLOCK // 4
+    good("failback", "sys", "--yes")
+    wanted = before[:free] + b"the guest was here" + before[free + 18 :]
+    assert raw.read_bytes() == wanted
+    assert site.fake.vms == []
 
 
 def test_another_agent_sees_the_machine_and_removes_it(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
