@@ -49,6 +49,18 @@ def month() -> list[tuple[datetime, PointSample]]:
 POINTS = month()
 
 
+def damaged_at(now: datetime, there: list[PointSample]) -> frozenset[int]:
+    """Return what verification had found damaged by then, and nobody had put right.
+
+    day 12, 12:10           the points of 10:00 to 12:00 are found damaged: 9 of them; at 14:00 they were repaired
+    """
+    since = now - START
+    if not 12 * DAY + 12 * HOUR + 10 * MINUTE <= since < 12 * DAY + 14 * HOUR:
+        return frozenset()
+    first, last = START + 12 * DAY + 10 * HOUR, START + 12 * DAY + 12 * HOUR
+    return frozenset(one.point for one in there if first <= one.created_at <= last)
+
+
 def seen_at(now: datetime, points: list[tuple[datetime, PointSample]] = POINTS) -> Observation:
     """What a report finds at a moment of the month: what the rule kept, and beside it what was remembered."""
     there = [one for published_at, one in points if published_at <= now]
@@ -63,6 +75,7 @@ def seen_at(now: datetime, points: list[tuple[datetime, PointSample]] = POINTS) 
         samples=tuple(one for one in there if one.point in kept),
         remembered=tuple(one for one in there if one.point not in kept),
         listed=len(kept),
+        damaged=damaged_at(now, there),
         last_verify=Event(EventKind.VERIFY, now - HOUR, "partial"),
         drills=(Event(EventKind.DRILL, START + DAY, "passed"),),
     )
@@ -86,6 +99,12 @@ DIARY = [
     ((9, 8, 39), ["rpo-late"], 54),
     ((9, 8, 41), ["rpo-late"], 41),
     ((9, 9, 1), [], 1),
+    # The newest points are damaged: what counts is the age of the newest that restores, that of 09:45. The point of
+    # 12:15 restores, whatever those before it are.
+    ((12, 12, 9), [], 9),
+    ((12, 12, 11), ["newest-damaged", "rpo-late"], 146),
+    ((12, 12, 16), ["older-damaged"], 1),
+    ((12, 14, 1), [], 1),
     # The clock is ahead: the age cannot be told, and that is said. It is set back: that is said for a day.
     ((15, 3, 1), ["clock-skew"], None),
     ((15, 6, 1), ["clock-skew"], 1),
