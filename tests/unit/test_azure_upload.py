@@ -29,7 +29,7 @@ MIB = 1 << 20
 HERE = "00000000-0000-0000-0000-00000000000a"
 ELSEWHERE = "00000000-0000-0000-0000-00000000000b"
 ORDER = Order("content-1", HERE, datetime(2026, 3, 1, tzinfo=UTC), uploads=1)
-QUICK = Pace(note_bytes=2 * MIB, wait_seconds=0)
+QUICK = Pace(note_bytes=GRANULE, wait_seconds=0)
 
 
 @pytest.fixture
