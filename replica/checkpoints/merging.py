@@ -113,7 +113,7 @@ def run(
             if progress is None:
                 merge_chain(disk, allowed_folders=merging.allowed_folders, files=locked, progress=silent)
                 continue
-            with progress(disk.path.name) as told:
+            with progress(disk.target.name) as told:
                 merge_chain(disk, allowed_folders=merging.allowed_folders, files=locked, progress=told)
 
 
