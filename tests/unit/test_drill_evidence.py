@@ -132,7 +132,7 @@ def test_files_are_named_beside_it_alone(done: Recorded, key: SigningKey, tmp_pa
 def test_a_later_version_is_told_as_that(done: Recorded) -> None:
     outer = json.loads(done.written.document.read_bytes())
     with pytest.raises(FormatVersionError):
-        evidence.opened(json.dumps({**outer, "version": 2}).encode(), "it")
+        evidence.opened(json.dumps({**outer, "version": 3}).encode(), "it")
 
 
 class _Reader(html.parser.HTMLParser):
