@@ -432,6 +432,17 @@ READ: Final = compose(
 """,
 )
 
+TURN_OFF_FUNCTION: Final = r"""
+function Stop-GodwitMachine($Vm) {
+    # A saved machine has no power that could be turned off.
+    if ([string]$Vm.State -like '*Saved*') {
+        Remove-VMSavedState -VM $Vm
+    } elseif ([string]$Vm.State -ne 'Off') {
+        Stop-VM -VM $Vm -TurnOff -Force
+    }
+}
+"""
+
 # How is 'ask', 'force', or 'look'.
 STOP: Final = compose(
     "stop the VM",
@@ -441,7 +452,7 @@ STOP: Final = compose(
     $Why = ''
     if (([string]$Vm.State -ne 'Off') -and ($How -ne 'look')) {
         if ($How -eq 'force') {
-            Stop-VM -VM $Vm -TurnOff -Force
+            Stop-GodwitMachine $Vm
         } else {
             $Job = Stop-VM -VM $Vm -Force -AsJob
             $null = Wait-Job -Job $Job -Timeout ([int]$TimeoutSeconds)
@@ -450,6 +461,7 @@ STOP: Final = compose(
     }
     Write-Godwit @{ state = [string](Get-VM -Id ([guid]$VmId)).State; why = $Why }
 """,
+    TURN_OFF_FUNCTION,
 )
 
 ALL: Final = (DESCRIBE, SURVEY, TAKE, NEWEST, CHANGES, CONVERT, DISCARD, FORGET, COMPACT, MEASURE, READ, STOP)

@@ -139,6 +139,7 @@ class _Cmdlets:
             "Start-VM": self.changing("Start-VM", self.start, both),
             "Resume-VM": self.changing("Resume-VM", self.resume, both),
             "Stop-VM": self.changing("Stop-VM", self.stop, both, ("TurnOff", "Force", "AsJob")),
+            "Remove-VMSavedState": self.changing("Remove-VMSavedState", self.remove_saved, both),
             "Remove-VM": self.changing("Remove-VM", self.remove, both, ("Force",)),
             "Wait-Job": Cmdlet(lambda run, job, timeout: None, ("Job", "Timeout")),
             "Receive-Job": Cmdlet(self.receive, ("Job",)),
@@ -269,6 +270,8 @@ class _Cmdlets:
         assert force, "it would ask, and nobody is there"
         machine, guest = vm.vm, vm.vm.guest
         job = PsObject(State="Completed", Error=None)
+        if machine.state == "Saved":
+            raise refusal("The operation cannot be performed in the current state.")
         if turn_off:
             machine.off, machine.held = True, ""
         elif not guest.has_integration or not guest.up:
@@ -279,6 +282,11 @@ class _Cmdlets:
             guest.shuts_down_after -= 1
         self.host.now += 1000
         return job if as_job else None
+
+    def remove_saved(self, run: Any, vm: View) -> None:
+        if vm.vm.state != "Saved":
+            raise refusal("The virtual machine has no saved state.")
+        vm.vm.off, vm.vm.held = True, ""
 
     def receive(self, run: Any, job: PsObject) -> None:
         if job.Error is not None:  # type: ignore[attr-defined]

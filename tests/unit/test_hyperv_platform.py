@@ -306,6 +306,13 @@ def test_one_that_is_held_is_paused_and_goes_on(lab: Lab, state: str) -> None:
     assert platform.power(NAME) is Power.PAUSED
     platform.start(NAME)
     assert platform.power(NAME) is Power.RUNNING
+    lab.vm.held = state
+    platform.stop(NAME, force=True)
+    assert platform.power(NAME) is Power.OFF
+    platform.start(NAME)
+    lab.vm.held = state
+    platform.delete(NAME)
+    assert platform.power(NAME) is Power.GONE
 
 
 def test_a_source_is_shut_down_and_watched(lab: Lab) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from replica.hyperv.scripts import Script, compose
+from replica.hyperv.scripts import TURN_OFF_FUNCTION, Script, compose
 
 MOST_OUTPUT_BYTES: Final = 16 << 20  # of a program in a guest, for each of its two streams
 
@@ -210,7 +210,7 @@ REMOVE: Final = compose(
     ("Marker", "Name", "Folder", "TestSwitch", "SwitchNotes", "TimeoutSeconds"),
     r"""
     foreach ($Vm in @(Find-GodwitMachines $Marker $Name $Folder)) {
-        if ([string]$Vm.State -ne 'Off') { Stop-VM -VM $Vm -TurnOff -Force }
+        Stop-GodwitMachine $Vm
         Remove-VM -VM $Vm -Force
     }
     # What checkpoints left is merged after the machine is gone, and Hyper-V has the files open until then.
@@ -228,7 +228,7 @@ REMOVE: Final = compose(
     }
     Write-Godwit @{ left = @(Find-GodwitMachines $Marker $Name $Folder).Count }
 """,
-    FUNCTIONS,
+    FUNCTIONS + TURN_OFF_FUNCTION,
 )
 
 IDENTIFY: Final = compose(
