@@ -114,10 +114,10 @@ def _as_of(assessments: Sequence[Assessment], now: datetime) -> str:
     if not told:
         return ""
     oldest = (now - min(told)).total_seconds()
-    return (
-        f'<p class="soft">{len(told)} of them as their agents wrote down, at most {duration_text(max(0.0, oldest))} '
-        "before this page was made; the others were looked at.</p>"
-    )
+    whose = "All are told" if len(told) == len(assessments) else f"{len(told)} of them are told"
+    others = "." if len(told) == len(assessments) else "; the others were looked at."
+    ago = duration_text(max(0.0, oldest))
+    return f'<p class="soft">{whose} as their agents wrote down, at most {ago} before this page was made{others}</p>'
 
 
 def _undetailed(rest: int) -> str:

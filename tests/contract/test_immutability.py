@@ -30,6 +30,9 @@ from replica import (
     verify,
 )
 from replica.errors import ConfigurationError, ObjectLockedError, StoreRefusedError, UsageError
+from replica.health import gathering
+from replica.health.gathering import Gatherer
+from replica.health.publishing import Publisher, Watched
 from replica.host import Host, SystemClock
 from replica.locking import Locks, Terms
 from replica.policy import Role
@@ -226,6 +229,36 @@ def test_nothing_that_agents_can_do_to_locked_points_keeps_them_from_being_resto
     site.assert_points_restore(rescued, [1, 2])
     with pytest.raises(UsageError):
         rescued.create("new", b"")
+
+
+def test_digests_are_replaced_by_agents_swept_by_retention_and_read_by_their_last_version(
+    server: S3Server, tmp_path: Path
+) -> None:
+    site = Site(server, tmp_path, period=timedelta(minutes=1))
+    agent = site.store("agent")
+    publisher, watched = Publisher(site.host, "default"), [Watched(site.found, "waiting")]
+    publisher.publish(agent, watched)
+    site.change(1)
+    site.lab.replicate()
+    publisher.note_doubt(site.found.keys.vm_id)
+    assert publisher.publish(agent, watched).written == 1
+    reader = make_host(name="reader", clock=SystemClock())  # type: ignore[arg-type]
+    for more in ("", "&versions=first"):
+        gathered = Gatherer(site.store("recovery", more), reader, "default").gather()
+        assert (gathered.digests, gathered.direct, gathered.seen[0].listed) == (1, 0, 1), more
+        assert gathered.seen[0].source_skew_seconds is not None
+        assert abs(gathered.seen[0].source_skew_seconds) < 60
+    catalog.update_settings(agent, site.host, site.found, interval_seconds=60)
+    assert Gatherer(site.store("recovery"), reader, "default").gather().direct == 1
+    publisher.publish(agent, watched)
+    [name] = [name for name in site.names() if "/fleet/digests/" in name]
+    assert _is_refused(lambda: site.client("agent").delete_object(Bucket=site.bucket, Key=name))
+    assert _is_refused(lambda: site.client("recovery").put_object(Bucket=site.bucket, Key=name, Body=b"other"))
+    later = site.host.clock.now() + timedelta(days=31)
+    retention = site.store("retention")
+    assert gathering.sweep(retention, "default", site.host.clock.now()) == 1, "the mark"
+    assert gathering.sweep(retention, "default", later) == 1
+    assert not [info.key for info in retention.list("tenants/default/fleet/")]
 
 
 def test_housekeeping_waits_for_the_end_of_locks(server: S3Server, tmp_path: Path) -> None:

@@ -293,7 +293,7 @@ def test_very_many_machines_make_a_page_that_a_browser_can_hold(monkeypatch: pyt
     assert text.index(">the worst<") < text.index(">app-0000<"), "the gravest first"
     assert document.elements.count(("table", {})) == 4, "none of more than fifty rows"
     assert "70 more machines have a row above" in text
-    assert f"{count - 1} of them as their agents wrote down, at most 3 min before" in text
+    assert f"{count - 1} of them are told as their agents wrote down, at most 3 min before" in text
 
 
 def test_a_machine_s_section_says_whose_word_it_is() -> None:
@@ -301,4 +301,5 @@ def test_a_machine_s_section_says_whose_word_it_is() -> None:
     text = page([assess(healthy(as_of=NOW - MINUTE, agent=note))], NOW)
     assert "the agent on host-a, 2026-03-31 11:59" in text
     assert "retrying, 2 failures in a row: &lt;b&gt;no room&lt;/b&gt;" in text
+    assert "All are told as their agents wrote down, at most 1 min before this page was made." in text
     assert "Told by" not in page([assess(healthy())], NOW)
