@@ -130,7 +130,7 @@ def test_a_machine_runs_from_the_store_is_hydrated_and_needs_the_store_no_more(
     wait_until(lambda: bitmaps(libvirt)["disk-0.qcow2"] > 0, "the guest's write is recorded")
     platform.start(NAME)  # again: nothing
     told = platform.identity(NAME)
-    assert (told.platform, told.hypervisor_id, told.bios_uuid) == ("libvirt", NAME, str(bios_uuid(NAME)))
+    assert (told.platform, told.hypervisor_id, told.bios_uuid) == ("libvirt", *[str(bios_uuid(NAME))] * 2)
     assert told.macs == ("52:54:00:12:34:56",)
     picture = platform.screenshot(NAME)
     assert picture is not None and picture.startswith(b"\x89PNG\r\n\x1a\n") and picture.endswith(b"IEND\xaeB`\x82")
@@ -243,6 +243,28 @@ def test_what_libvirt_forgot_is_defined_anew_and_what_was_killed_is_off(
     files.console.write_bytes(b"")
     platform.start(NAME)
     wait_until(lambda: SAID in platform.console(NAME), "the boot sector has run again")
+
+
+def test_what_a_machine_needs_is_looked_for_beforehand(
+    libvirt: LibvirtHost, recovery: Recovery, platform: LibvirtPlatform, tmp_path: Path
+) -> None:
+    spec = recovery.spec(platform.folder(NAME), NAME)
+    platform.check_machine(spec)
+
+    def refused(words: str, *, isolated: bool = False, **settings: str) -> None:
+        given = LibvirtSettings.read({"connect": libvirt.connect, "type": "qemu", **settings})
+        with pytest.raises(PlatformError, match=words):
+            LibvirtPlatform(recovery.host, settings=given).check_machine(replace(spec, isolated=isolated))
+
+    refused("Failed to connect", connect=f"qemu+unix:///session?socket={tmp_path}/nobody")
+    refused(r"platforms\.libvirt\.network: .* no network 'nothing'", network="nothing")
+    refused(r"platforms\.libvirt\.test_network: .* no network 'nothing'", isolated=True, test_network="nothing")
+    refused(r"platforms\.libvirt\.bridge: .* no bridge 'nothing'", bridge="nothing")
+    off = tmp_path / "off.xml"
+    off.write_text("<network><name>off</name></network>")
+    libvirt.virsh("net-define", str(off))
+    refused(r"platforms\.libvirt\.network: .* 'off' is not active", network="off")
+    assert platform.power(NAME) is Power.GONE and domains(libvirt) == []
 
 
 def test_a_domain_of_anybody_else_is_left_alone(

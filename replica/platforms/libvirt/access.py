@@ -67,8 +67,18 @@ class QemuUser:
         """Let the user pass to ``folder``, through those of ours: from ``state_folder`` on. Raises PlatformError."""
         if self.reaches_all:
             return
-        below = [one for one in (folder, *folder.parents) if one == state_folder or state_folder in one.parents]
+        self.require_way(state_folder)
+        for one in (folder, *folder.parents):
+            if (one == state_folder or state_folder in one.parents) and not self._passes(one):
+                self.grant(one, PASS)
+
+    def require_way(self, state_folder: Path) -> None:
+        """Return if the user may come as far as ``state_folder``, which need not be there. Raises PlatformError."""
+        if self.reaches_all:
+            return
         for above in state_folder.parents:
+            if not above.exists():
+                continue
             if not self._passes(above):
                 raise PlatformError(
                     f"QEMU runs as user {self.number} under libvirt, which may not pass through this folder",
@@ -76,9 +86,6 @@ class QemuUser:
                     hint="keep the state where it may, as in GODWIT_STATE=/var/lib/godwit, "
                     f"or say 'setfacl -m u:{self.number}:x {above}'",
                 )
-        for one in below:
-            if not self._passes(one):
-                self.grant(one, PASS)
 
     def grant(self, path: Path, permissions: int) -> None:
         """Give the user these permissions on a file or folder of ours, beside those it has. Raises PlatformError."""

@@ -8,11 +8,13 @@ checkpoint, whose bitmaps are in them from the beginning.
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from replica.errors import PlatformError, SourceError
@@ -34,7 +36,7 @@ from replica.platforms.platform import DiskSpec, DiskState, MachineSpec, Platfor
 from replica.platforms.qemu.command import bios_uuid, firmware
 from replica.platforms.qemu.screen import LARGEST_PICTURE_BYTES, png_of
 
-START_SECONDS: Final = 120.0
+START_SECONDS: Final = 120.0  # to start a machine; and to look at each QEMU that is installed, as libvirt does first
 END_SECONDS: Final = 60.0
 ASK_AGAIN_SECONDS: Final = 5.0  # a guest that is still starting does not hear the power button
 PRESS_SECONDS: Final = 15.0  # an agent that is silent is waited for by libvirt
@@ -86,6 +88,34 @@ class LibvirtPlatform:
 
     # -- making
 
+    def check_machine(self, spec: MachineSpec) -> None:
+        """Return if libvirt answers, and has what a machine like this needs. Nothing is made. Raises PlatformError."""
+        with self._asking(spec.vm_name):
+            self._user().require_way(self._state_folder)
+            if spec.machine.generation == 2:
+                firmware()
+            self._accelerator()
+            settings = self._settings
+            network = settings.test_network if spec.isolated else settings.network
+            if spec.machine.nics and network is not None:
+                key = "test_network" if spec.isolated else "network"
+                self._require_network(network, f"platforms.libvirt.{key}")
+            bridge = None if spec.isolated or network is not None else settings.bridge
+            if spec.machine.nics and bridge is not None and not (Path("/sys/class/net") / bridge).exists():
+                raise PlatformError(f"platforms.libvirt.bridge: this host has no bridge {bridge!r}")
+
+    def _require_network(self, network: str, key: str) -> None:
+        try:
+            said = self._virsh.ask("net-info", "--network", network)
+        except VirshRefusedError as error:
+            raise PlatformError(
+                f"{key}: libvirt has no network {network!r}: {error.message}", hint="'virsh net-list --all' lists them"
+            ) from error
+        if not re.search(r"^Active:\s+yes$", said, re.MULTILINE):
+            raise PlatformError(
+                f"{key}: libvirt's network {network!r} is not active", hint=f"'virsh net-start {network}' starts it"
+            )
+
     def define(self, spec: MachineSpec) -> None:
         """Make the machine, off; see ``Platform.define``.
 
@@ -130,23 +160,36 @@ class LibvirtPlatform:
     def _put(self, spec: MachineSpec, files: LibvirtFiles, backed: frozenset[int]) -> None:
         """Tell libvirt what the machine is."""
         xml = domain.domain_xml(spec, files, backed, self._settings, self._accelerator())
-        self._virsh.ask("define", files={"--file": xml})
+        self._virsh.ask("define", files={"--file": xml}, timeout_seconds=START_SECONDS)
 
     def _accelerator(self) -> str:
         """Return how processors are run: by the host's own, where libvirt can have that."""
-        if self._settings.type is not None:
-            return self._settings.type
+        if self._settings.type == "qemu":
+            return "qemu"
         try:
-            self._virsh.ask("domcapabilities", "--virttype", "kvm", "--arch", "x86_64")
-        except VirshRefusedError:
+            self._virsh.ask("domcapabilities", "--virttype", "kvm", "--arch", "x86_64", timeout_seconds=START_SECONDS)
+        except VirshRefusedError as error:
+            if self._settings.type is not None:
+                raise PlatformError(
+                    f"platforms.libvirt.type: libvirt cannot have kvm here: {error.message}",
+                    hint='say type = "qemu", which emulates',
+                ) from error
             return "qemu"
         return "kvm"
 
+    @property
+    def _state_folder(self) -> Path:
+        return self._folders.root.parent.parent
+
+    def _user(self) -> QemuUser:
+        """Return the user that QEMU runs as."""
+        said = self._virsh.ask("capabilities", timeout_seconds=START_SECONDS)
+        return QemuUser.of(parse_xml(said, "capabilities", "libvirt"), self._settings.socket)
+
     def _let_in(self, folder: MachineFolder) -> QemuUser:
         """Let the user that QEMU runs as pass to the machine's folder. Raises PlatformError."""
-        capabilities = parse_xml(self._virsh.ask("capabilities"), "capabilities", "libvirt")
-        user = QemuUser.of(capabilities, self._settings.socket)
-        user.let_in(folder.path, self._folders.root.parent.parent)
+        user = self._user()
+        user.let_in(folder.path, self._state_folder)
         place = LibvirtFiles(folder).server.parent
         if place != folder.path and not user.reaches_all:
             raise PlatformError(
@@ -318,7 +361,7 @@ class LibvirtPlatform:
         with self._asking(name):
             root = parse_xml(self._ask("dumpxml", name), "domain", name)
         told = domain.described(root, name)
-        return Identity("libvirt", name, str(told.uuid), told.macs)
+        return Identity("libvirt", str(told.uuid), str(told.uuid), told.macs)
 
     # -- removing
 
