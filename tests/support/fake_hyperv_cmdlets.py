@@ -14,7 +14,8 @@ from typing import Any
 from replica.hyperv.session import SessionError
 from tests.support.fake_hyperv import GUEST_SERVICE, FakeDisk, FakeHost, FakeVm
 from tests.support.fake_hyperv_guest import guest_types, invoke
-from tests.support.powershell import Block, Cmdlet, PowerShell
+from tests.support.powershell import Cmdlet, PowerShell
+from tests.support.powershell_expressions import Block
 from tests.support.powershell_values import NotKnownError, PsObject, Table, Thrown
 from vhdx.errors import DiskError
 from vhdx.formats import open_disk

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.fake_hyperv import FakeGuest
-from tests.support.powershell import Block, Cmdlet, PowerShell, run_block
+from tests.support.powershell import Cmdlet, PowerShell, run_block
+from tests.support.powershell_expressions import Block
 from tests.support.powershell_values import PsObject, Thrown
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import tree_sitter
 import tree_sitter_powershell
 
+from tests.support.powershell_expressions import Block, Expressions
 from tests.support.powershell_values import (
     NotKnownError,
     PsObject,
@@ -23,17 +24,13 @@ from tests.support.powershell_values import (
     Thrown,
     cast,
     collapsed,
-    compared,
-    member,
     member_name,
-    text_method,
     text_of,
     truth,
     unrolled,
 )
 
 PARSER = tree_sitter.Parser(tree_sitter.Language(tree_sitter_powershell.language()))
-_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "0": "\0"}
 
 
 @functools.lru_cache(maxsize=64)
@@ -59,14 +56,6 @@ def errors_of(text: str) -> list[str]:
 class _Leave(Exception):  # noqa: N818
     def __init__(self, kind: str, values: list[Any] | None = None) -> None:
         self.kind, self.values = kind, values or []
-
-
-@dataclass
-class Block:
-    """A script block."""
-
-    node: tree_sitter.Node
-    text: bytes
 
 
 @dataclass
@@ -128,7 +117,7 @@ class _Run:
         body = next((one for one in root.named_children if one.type in ("statement_list", "script_block_body")), None)
         if body is not None and body.type == "script_block_body":
             body = next((one for one in body.named_children if one.type == "statement_list"), None)
-        seen = {"_": self._find("_")} if any("_" in one for one in self.scopes) else {}
+        seen = {"_": self.find("_")} if any("_" in one for one in self.scopes) else {}
         return self.call(_Function(parameters, body, text), named, args, seen)
 
     def call(self, function: _Function, named: dict[str, Any], args: Sequence[Any], start: dict[str, Any]) -> list[Any]:
@@ -169,7 +158,7 @@ class _Run:
         finally:
             self.scopes.pop()
 
-    def _find(self, name: str) -> Any:
+    def find(self, name: str) -> Any:
         for scope in reversed(self.scopes):
             if name in scope:
                 return scope[name]
@@ -195,11 +184,11 @@ class _Run:
             raise NotKnownError("the script does not end")
         handler = getattr(self, f"_do_{node.type}", None)
         if handler is None:
-            raise NotKnownError(f"unknown statement {node.type}: {self._words(node)}")
+            raise NotKnownError(f"unknown statement {node.type}: {self.words(node)}")
         out: list[Any] = handler(node)
         return out
 
-    def _words(self, node: tree_sitter.Node) -> str:
+    def words(self, node: tree_sitter.Node) -> str:
         return self.text[node.start_byte : node.end_byte].decode()
 
     def _do_comment(self, node: tree_sitter.Node) -> list[Any]:
@@ -209,7 +198,7 @@ class _Run:
 
     def _do_pipeline(self, node: tree_sitter.Node) -> list[Any]:
         if len(node.named_children) != 1:
-            raise NotKnownError(self._words(node))
+            raise NotKnownError(self.words(node))
         inner = node.named_children[0]
         if inner.type == "assignment_expression":
             self._assign(inner)
@@ -245,7 +234,7 @@ class _Run:
             inside = next((one for one in block.named_children if one.type == "script_block_body"), None)
             body = None if inside is None else inside.named_children[0]
         parameters = [] if declared is None else _parameters(declared, self.text)
-        self.functions[self._words(name).lower()] = _Function(parameters, body, self.text)
+        self.functions[self.words(name).lower()] = _Function(parameters, body, self.text)
         return []
 
     def _do_if_statement(self, node: tree_sitter.Node) -> list[Any]:
@@ -265,7 +254,7 @@ class _Run:
         return [] if inner is None else self.statements(inner)
 
     def _do_foreach_statement(self, node: tree_sitter.Node) -> list[Any]:
-        name = self._words(node.named_children[0])[1:].lower()
+        name = self.words(node.named_children[0])[1:].lower()
         listed = self.value(node.named_children[1])
         out: list[Any] = []
         for one in [] if listed is None else unrolled(listed):
@@ -308,11 +297,11 @@ class _Run:
         return out
 
     def _do_flow_control_statement(self, node: tree_sitter.Node) -> list[Any]:
-        kind = self._words(node.children[0]).lower()
+        kind = self.words(node.children[0]).lower()
         operand = node.named_children[0] if node.named_children else None
         if kind == "throw":
             if operand is None:
-                raise self._find("__thrown")
+                raise self.find("__thrown")
             value = self.value(operand)
             raise value if isinstance(value, Thrown) else Thrown(text_of(value), category="OperationStopped")
         raise _Leave(kind, [] if operand is None else self._outputs(operand))
@@ -343,14 +332,14 @@ class _Run:
     # -- assignment
 
     def _assign(self, node: tree_sitter.Node) -> None:
-        target, operator, source = node.named_children[0], self._words(node.named_children[1]), node.named_children[2]
+        target, operator, source = node.named_children[0], self.words(node.named_children[1]), node.named_children[2]
         while target.type not in ("variable", "member_access", "element_access"):
             target = target.named_children[0]
         value = self.value(source)
         if target.type == "variable":
-            name = self._words(target)[1:].lower()
+            name = self.words(target)[1:].lower()
             if operator == "+=":
-                value = self._find(name) + value
+                value = self.find(name) + value
             if name != "null":
                 self.scopes[-1][name] = value
             return
@@ -358,7 +347,7 @@ class _Run:
         if target.type == "element_access":
             owner[self.value(target.named_children[1])] = value
             return
-        name = self._words(target.named_children[-1])
+        name = self.words(target.named_children[-1])
         if isinstance(owner, Table):
             owner[name] = value
             return
@@ -370,7 +359,7 @@ class _Run:
     # -- commands
 
     def _command(self, node: tree_sitter.Node, items: list[Any] | None) -> list[Any]:
-        name = self._words(node.named_children[0])
+        name = self.words(node.named_children[0])
         elements = node.named_children[1] if len(node.named_children) > 1 else None
         words = [] if elements is None else list(self._elements(elements))
         low = name.lower()
@@ -400,14 +389,14 @@ class _Run:
             if one.type == "command_parameter":
                 if waiting is not None:
                     yield waiting, True
-                waiting = self._words(one)[1:]
+                waiting = self.words(one)[1:]
                 continue
-            words = self._words(one)
+            words = self.words(one)
             if re.fullmatch(r"@\w+", words):
                 if waiting is not None:
                     yield waiting, True
                     waiting = None
-                yield from self._find(words[1:].lower()).items()
+                yield from self.find(words[1:].lower()).items()
                 continue
             value = words if one.type in ("generic_token", "command_token") else self.value(one)
             yield waiting, value
@@ -440,155 +429,9 @@ class _Run:
             out += [] if result is None else result if isinstance(result, list) else [result]
         return out
 
-    # -- expressions
-
     def value(self, node: tree_sitter.Node) -> Any:
-        kind = node.type.replace("_argument_expression", "_expression")
-        if kind in ("pipeline", "foreach_statement", "if_statement", "pipeline_chain"):
-            if kind == "pipeline_chain":
-                return self.value(node.named_children[0])
-            if kind == "pipeline" and self._is_plain(node):
-                return self.value(node.named_children[0].named_children[0])
-            return collapsed(self.statement(node))
-        handler = getattr(self, f"_of_{kind}", None)
-        if handler is not None:
-            return handler(node)
-        if kind.endswith(("_expression", "_literal")) and len(node.named_children) == 1 and node.child_count == 1:
-            return self.value(node.named_children[0])
-        raise NotKnownError(f"unknown expression {node.type}: {self._words(node)}")
-
-    def _is_plain(self, node: tree_sitter.Node) -> bool:
-        inner = node.named_children[0]
-        return inner.type == "pipeline_chain" and inner.child_count == 1 and inner.named_children[0].type != "command"
-
-    def _of_variable(self, node: tree_sitter.Node) -> Any:
-        name = self._words(node)[1:].lower()
-        if name in ("true", "false", "null"):
-            return {"true": True, "false": False, "null": None}[name]
-        return self._find(name)
-
-    def _of_integer_literal(self, node: tree_sitter.Node) -> int:
-        return int(self._words(node))
-
-    def _of_string_literal(self, node: tree_sitter.Node) -> str:
-        inner, words = node.named_children[0], self._words(node)
-        if inner.type == "verbatim_string_characters":
-            return words[1:-1].replace("''", "'")
-        if inner.type == "verbatim_here_string_characters":
-            return words[3:-3]
-        if inner.type == "expandable_string_literal" and not inner.named_children and "$" not in words:
-            return re.sub("`(.)", lambda found: _ESCAPES.get(found[1], found[1]), words[1:-1])
-        raise NotKnownError(f"a text with something in it: {words}")
-
-    def _of_parenthesized_expression(self, node: tree_sitter.Node) -> Any:
-        return self.value(node.named_children[0])
-
-    def _of_sub_expression(self, node: tree_sitter.Node) -> Any:
-        return collapsed(self.statements(node.named_children[0]))
-
-    def _of_array_expression(self, node: tree_sitter.Node) -> list[Any]:
-        return self.statements(node.named_children[0]) if node.named_children else []
-
-    def _of_array_literal_expression(self, node: tree_sitter.Node) -> Any:
-        values = [self.value(one) for one in node.named_children]
-        return values[0] if node.child_count == 1 else values
-
-    def _of_script_block_expression(self, node: tree_sitter.Node) -> Block:
-        return Block(node, self.text)
-
-    def _of_hash_literal_expression(self, node: tree_sitter.Node) -> Table:
-        made = Table()
-        for body in node.named_children:
-            for entry in (one for one in body.named_children if one.type == "hash_entry"):
-                made[self._words(entry.named_children[0])] = self.value(entry.named_children[1])
-        return made
-
-    def _of_logical_expression(self, node: tree_sitter.Node) -> Any:
-        if node.child_count == 1:
-            return self.value(node.children[0])
-        left = truth(self.value(node.children[0]))
-        if self._words(node.children[1]).lower() == "-and":
-            return left and truth(self.value(node.children[2]))
-        return left or truth(self.value(node.children[2]))
-
-    def _of_comparison_expression(self, node: tree_sitter.Node) -> Any:
-        if node.child_count == 1:
-            return self.value(node.children[0])
-        left, operator = self.value(node.children[0]), self._words(node.children[1]).lower()
-        if operator == "-is":
-            return self._is(left, self._words(node.children[2]))
-        return compared(left, operator, self.value(node.children[2]))
-
-    def _is(self, value: Any, name: str) -> bool:
-        wanted = name.strip("[]").lower()
-        return any(one.lower() == wanted for one in getattr(value, "types", ()))
-
-    def _of_additive_expression(self, node: tree_sitter.Node) -> Any:
-        if node.child_count == 1:
-            return self.value(node.children[0])
-        left, right = self.value(node.children[0]), self.value(node.children[2])
-        if self._words(node.children[1]) == "-":
-            return left - right
-        return left + text_of(right) if isinstance(left, str) else left + right
-
-    def _of_multiplicative_expression(self, node: tree_sitter.Node) -> Any:
-        if node.child_count == 1:
-            return self.value(node.children[0])
-        return self.value(node.children[0]) * self.value(node.children[2])
-
-    def _of_expression_with_unary_operator(self, node: tree_sitter.Node) -> Any:
-        if node.child_count == 1:
-            return self.value(node.children[0])
-        operator = self._words(node.children[0]).lower()
-        if operator in ("-not", "!"):
-            return not truth(self.value(node.children[1]))
-        raise NotKnownError(self._words(node))
-
-    def _of_cast_expression(self, node: tree_sitter.Node) -> Any:
-        return cast(
-            self._words(node.named_children[0]).strip("[").removesuffix("]"), self.value(node.named_children[1])
-        )
-
-    def _of_post_increment_expression(self, node: tree_sitter.Node) -> Any:
-        name = self._words(node.named_children[0])[1:].lower()
-        before = self._find(name)
-        self.scopes[-1][name] = before + 1
-        return before
-
-    def _of_element_access(self, node: tree_sitter.Node) -> Any:
-        owner, index = self.value(node.named_children[0]), self.value(node.named_children[1])
-        if isinstance(owner, list):
-            return owner[index] if -len(owner) <= index < len(owner) else None
-        return owner[index]
-
-    def _of_member_access(self, node: tree_sitter.Node) -> Any:
-        owner, name = self._owner(node), self._words(node.named_children[-1])
-        return member(owner, name)
-
-    def _owner(self, node: tree_sitter.Node) -> Any:
-        first = node.named_children[0]
-        return self._type(self._words(first)) if first.type == "type_literal" else self.value(first)
-
-    def _type(self, words: str) -> Any:
-        name = words.strip("[]").lower().removeprefix("system.")
-        if name not in self.shell.types:
-            raise NotKnownError(f"there is no type {words}")
-        return self.shell.types[name]
-
-    def _of_invokation_expression(self, node: tree_sitter.Node) -> Any:
-        owner, name = self._owner(node), self._words(node.named_children[1])
-        listed = next(one for one in node.named_children if one.type == "argument_list")
-        arguments = []
-        for one in (each for each in listed.named_children if each.type == "argument_expression_list"):
-            arguments = [self.value(each.named_children[0]) for each in one.named_children]
-        if owner is None:
-            raise Thrown("You cannot call a method on a null-valued expression.", category="InvalidOperation")
-        if isinstance(owner, str):
-            return text_method(owner, name.lower(), arguments)
-        known = member_name(owner, name)
-        if known is None or not callable(getattr(owner, known)):
-            raise NotKnownError(f"{type(owner).__name__} has no method {name}")
-        return getattr(owner, known)(*arguments)
+        """Return what an expression is."""
+        return Expressions(self).value(node)
 
 
 def _python(name: str) -> str:
