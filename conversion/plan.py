@@ -17,6 +17,7 @@ from conversion.inspection import Inspection
 from conversion.layout import Layout
 from conversion.manifest import Component, Manifest, Written
 from conversion.overlay import Change, Overlay
+from conversion.windows.hiveorder import in_phases
 
 GUEST: Final = "guest"  # files of the guest's system: the registry hive, /etc/fstab
 ESP: Final = "esp"  # files on the EFI system partition
@@ -75,9 +76,7 @@ class Plan:
         """Yield the writes in their order: each group is to be durable before the next begins."""
         overlay = self.require()
         for name in self.order:
-            ranges = list(overlay.written(name))
-            if ranges:
-                yield ranges
+            yield from in_phases(overlay.written(name))
 
     def document(self) -> dict[str, Any]:
         """Return the JSON form."""

@@ -19,6 +19,7 @@ from conversion.plan import SWITCH, TO_UEFI_ORDER, Plan, components
 from conversion.tobios import plan_bios
 from conversion.touefi import plan_uefi
 from conversion.verify import verify
+from conversion.windows.hiveorder import in_phases
 from replica.errors import UsageError
 from replica.generation.image import Image, write_copy, write_in_place, write_overlay
 from vhdx.bulk import file_exists
@@ -237,9 +238,10 @@ def finish_interrupted(image: Image, files: Files = OS_FILES) -> Plan | None:
             return None
         _refuse_used(image, disk, journal, path)
         plan = Plan(2, inspect(disk), Overlay(disk), TO_UEFI_ORDER, (), ("A way back that was cut off is finished.",))
-    write_in_place(
-        image, [[(one.offset, one.after) for one in part.ranges] for part in journal.components], files=files
-    )
+    groups = [
+        group for part in journal.components for group in in_phases((one.offset, one.after) for one in part.ranges)
+    ]
+    write_in_place(image, groups, files=files)
     _forget(image.path, files)
     return plan
 
@@ -260,7 +262,7 @@ def take_back_interrupted(image: Image, files: Files = OS_FILES) -> None:
             return  # it is in force
         _refuse_used(image, disk, manifest, path)
     undone = [(one.offset, one.before) for part in reversed(manifest.components) for one in part.ranges]
-    write_in_place(image, [undone], files=files)
+    write_in_place(image, in_phases(undone), files=files)
     files.remove(path)
 
 

@@ -7,6 +7,7 @@ its root as they were; from it on it is of the new one. Whatever was cut off, ru
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,11 +19,15 @@ from conversion import grub
 from conversion.device import Slice
 from conversion.errors import ConversionError
 from conversion.filesystems.fat import FatFileSystem
+from conversion.filesystems.probe import open_filesystem
 from conversion.inspection import inspect
 from conversion.manifest import Manifest
 from conversion.plan import SWITCH, TO_UEFI_ORDER, components
 from conversion.tobios import plan_bios
 from conversion.touefi import plan_uefi
+from conversion.windows.guest import SYSTEM_HIVE
+from conversion.windows.hive import Hive
+from conversion.windows.hivefile import read_recovered
 from replica.generation.convert import convert_generation, journal_path, manifest_path, write_manifest
 from replica.generation.image import Image
 from tests.support import conversion_disks as disks
@@ -30,13 +35,16 @@ from tests.support import windows_disk
 from tests.support.conversion_disks import PLAIN_SECTORS, partition_guid, plain_places
 from tests.support.crash_files import RecordingFiles, crash_points, scratch_folder
 from tests.support.gpt_disks import SparseDisk
+from tests.unit.test_hive import everything
 from vhdx import qcow2
 from vhdx.convert import convert
 from vhdx.formats import open_disk
 
 MIB = 1 << 20
 SECTOR = 512
-MOST_CRASHES = 1000 if os.environ.get("GODWIT_SOAK") else 14  # of those that there are, evenly spread
+# Of the sectors that were under way, how many reached the disk; and crashes of those that there are, evenly spread.
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95) if os.environ.get("GODWIT_SOAK") else (0.5,)
+MOST_CRASHES = 1000 if os.environ.get("GODWIT_SOAK") else 14
 
 pytestmark = pytest.mark.skipif(bool(disks.missing()), reason=disks.missing() or "all is there")
 
@@ -310,3 +318,55 @@ def test_a_qcow2_is_cut_off_between_any_two_writes(
 
 class CutOffError(Exception):
     """What ends the process in the middle of its writes."""
+
+
+# --- the registry of Windows
+
+
+def registry(device: SparseDisk, start: int, size: int) -> dict[str, dict[str, tuple[int, bytes]]]:
+    """Return every value of the SYSTEM hive as Windows reads it: mended by its logs where it says that it is dirty."""
+    filesystem = open_filesystem(Slice(device, start, size))
+    assert filesystem is not None
+    found = read_recovered(filesystem, SYSTEM_HIVE)
+    assert found is not None
+    return everything(Hive(found.content))
+
+
+@pytest.mark.parametrize("to", [1, 2])
+def test_the_registry_is_the_old_or_the_new_one_value_by_value(windows: SparseDisk, to: Literal[1, 2]) -> None:
+    """Whatever sectors reached the disk before the machine died, and although nobody runs the command again."""
+    forth = plan_bios(windows)
+    found = forth.inspection.windows
+    assert found is not None and found.windows is not None
+    start, size = found.windows.device.start, found.windows.device.size
+    disk, plan = windows.copy(), forth
+    if to == 2:
+        for ranges in forth.groups():
+            write(disk, ranges)
+        plan = plan_uefi(disk, forth.require_manifest())
+    old, new = registry(disk, start, size), dict[str, dict[str, tuple[int, bytes]]]()
+    states, chance = [], random.Random(to)
+    for ranges in plan.groups():
+        sectors = [(at + i, data[i : i + SECTOR]) for at, data in ranges for i in range(0, len(data), SECTOR)]
+        if any(start <= at < start + size for at, _ in sectors):
+            for share in SHARES:
+                cut = disk.copy()
+                write(cut, [one for one in sectors if chance.random() < share])
+                states.append(cut)
+        write(disk, ranges)
+        states.append(disk.copy())
+    new = registry(disk, start, size)
+    assert {path for path in old if old[path] != new.get(path)}
+    for state in states:
+        seen_ = registry(state, start, size)
+        assert seen_.keys() <= old.keys() | new.keys()
+        assert seen_.keys() >= old.keys() & new.keys()
+        for path, values in seen_.items():
+            one, other = old.get(path, {}), new.get(path, {})
+            assert values.keys() >= one.keys() & other.keys(), path
+            assert all(value in (one.get(name), other.get(name)) for name, value in values.items()), path
+
+
+def write(disk: SparseDisk, ranges: Iterable[tuple[int, bytes]]) -> None:
+    for offset, data in ranges:
+        disk.write_at(offset, data)
