@@ -108,6 +108,10 @@ def _render_fleet(output: Output, made: HealthReport) -> None:
         _render_reasons(output, one.reasons, indent="  ")
     if len(told) > MOST_TOLD:
         output.note(f"and {len(told) - MOST_TOLD} more VMs with reasons: godwit health NAME tells them")
+    age = made.oldest_word_seconds
+    if age is not None:
+        looked = f"; {made.direct} looked at" if made.direct else ""
+        output.note(f"told as agents wrote down, at most {duration_text(age)} ago{looked}; --fresh looks at every VM")
     for warning in made.warnings:
         output.note(warning)
 

@@ -73,6 +73,7 @@ def _watched(member: Member) -> Watched:
     return Watched(
         found=member.facts.found,
         state=state.value,
+        sources=member.facts.sources,
         failures=member.failures,
         error=None if message is None else str(message),
         hint=None if hint is None else str(hint),

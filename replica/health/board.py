@@ -96,7 +96,6 @@ def board(
     """Return the board of a report, with what this machine's agent does."""
     here = agent.vms if agent is not None and agent.is_heard_of(made.made_at) else {}
     rows = sorted((_row(one, here.get(one.seen.name)) for one in made.assessments), key=_ORDER[sorting])
-    told = [one.seen.as_of for one in made.assessments if one.seen.as_of is not None]
     return Board(
         at=made.made_at,
         rows=tuple(rows),
@@ -105,7 +104,7 @@ def board(
         late=sum(row.late > 2 for row in rows),
         digests=made.digests,
         direct=made.direct,
-        oldest_word_seconds=(made.made_at - min(told)).total_seconds() if told else None,
+        oldest_word_seconds=made.oldest_word_seconds,
         agent=agent,
         problem=problem,
     )

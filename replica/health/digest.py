@@ -140,6 +140,9 @@ def _unpack(data: bytes, key: str) -> dict[str, Any]:
     if size > LARGEST_RECORD_BYTES:
         _damaged("the digest is too large to be one", key)
     try:
+        # The frame says how much it holds: more than that is never made room for.
+        if zstandard.frame_content_size(packed) != size:
+            _damaged("the digest does not hold what its header says: it is damaged", key)
         text = zstandard.ZstdDecompressor().decompress(packed, max_output_size=size, allow_extra_data=False)
         found = json.loads(text) if len(text) == size else None
     except (zstandard.ZstdError, ValueError, MemoryError, RecursionError):

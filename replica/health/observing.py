@@ -136,7 +136,7 @@ def observe(
         drills=drills,
         changes=tuple((one.at, one.result) for one in told if one.kind is EventKind.HEALTH)[-LARGEST_CHANGES:],
         convertibility=convertibility_of(newest),
-        free_space=free_space(host, settings),
+        free_space=free_space(host, [one.path for one in settings.sources]),
         store_skew_seconds=skew_of(store),
         epoch=state.epoch,
         settings_version=settings.version,
@@ -231,11 +231,11 @@ def _retention_since(settings: Settings) -> datetime | None:
     return change.at if change is not None and change.command == "protect --update" else None
 
 
-def free_space(host: Host, settings: Settings) -> FreeSpace | None:
-    """Return the least room of the file systems that a disk of the VM lies on here, None where none does."""
+def free_space(host: Host, disks: Iterable[str]) -> FreeSpace | None:
+    """Return the least room of the file systems that one of the disks lies on here, None where none does."""
     found = []
-    for one in settings.sources:
-        path = Path(one.path)
+    for one in disks:
+        path = Path(one)
         if not path.is_absolute():  # of a running machine: it tells no folder
             continue
         try:

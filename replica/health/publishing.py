@@ -22,8 +22,8 @@ from replica.errors import (
 )
 from replica.health import digest
 from replica.health.digest import Digest
-from replica.health.observation import AgentNote, Observation, sample_of
-from replica.health.observing import Depth, convertibility_of, observe
+from replica.health.observation import AgentNote, FreeSpace, Observation, sample_of
+from replica.health.observing import Depth, convertibility_of, free_space, observe
 from replica.host import Host
 from replica.model import Point
 from replica.stores.skew import skew_of
@@ -33,6 +33,7 @@ HEARTBEAT: Final = timedelta(minutes=5)  # a digest is written that often though
 LOOK_AGAIN: Final = timedelta(days=1)  # in case something happened that nobody marked
 MOST_LOOKS: Final = 256  # VMs that are looked at in one turn
 AT_ONCE: Final = 8
+LEAST_CHANGE_PERCENT: Final = 0.5  # of the room on a file system: less is nothing new
 DEPTH: Final = Depth(drills=digest.MOST_DRILLS)
 
 
@@ -42,6 +43,7 @@ class Watched:
 
     found: ProtectedVm
     state: str
+    sources: tuple[str, ...] = ()  # where its disks are, to see how much room there is
     failures: int = 0
     error: str | None = None
     hint: str | None = None
@@ -155,6 +157,8 @@ class Publisher:
         now = self._host.clock.now()
         with self._lock:
             self._assign()
+            for vm_id, known in self._known.items():
+                known.seen = self._measured(known.seen, wanted[vm_id])
             seen = {
                 vm_id: replace(
                     known.seen,
@@ -166,6 +170,13 @@ class Publisher:
             }
         written = sum(self._write(store, number, seen, now) for number in sorted(self._slots))
         return Published(written, len(chosen), waiting)
+
+    def _measured(self, seen: Observation, one: Watched) -> Observation:
+        """Return what is known with the room that there is now, unless that changed by little."""
+        space, before = free_space(self._host, one.sources), seen.free_space
+        if space is None or (before is not None and before.path == space.path and _is_near(before, space)):
+            return seen
+        return replace(seen, free_space=space)
 
     def _heed(self, marks: Iterable[changes.Mark]) -> None:
         for mark in marks:
@@ -250,9 +261,7 @@ class Publisher:
         """Give every VM a place: it keeps the one that it has."""
         homeless = set(self._known)
         for slot in self._slots.values():
-            slot.vm_ids = {
-                vm_id for vm_id in slot.vm_ids if vm_id in homeless and self._known[vm_id].seen.encrypted == slot.sealed
-            }
+            slot.vm_ids &= homeless
             homeless -= slot.vm_ids
         for vm_id in sorted(homeless):
             sealed = self._known[vm_id].seen.encrypted
@@ -293,6 +302,10 @@ class Publisher:
                 slot.written, slot.written_at = comparable, now
                 return True
         return False
+
+
+def _is_near(one: FreeSpace, other: FreeSpace) -> bool:
+    return one.total_bytes == other.total_bytes and abs(one.percent - other.percent) < LEAST_CHANGE_PERCENT
 
 
 def _comparable(seen: Observation) -> Observation:

@@ -27,6 +27,12 @@ class HealthReport:
     warnings: tuple[str, ...] = ()  # digests that could not be read
 
     @property
+    def oldest_word_seconds(self) -> float | None:
+        """The age of what digests tell that is oldest, None where none was read."""
+        told = [one.seen.as_of for one in self.assessments if one.seen.as_of is not None]
+        return max(0.0, (self.made_at - min(told)).total_seconds()) if told else None
+
+    @property
     def health(self) -> Severity:
         """That of the VM that is worst."""
         return max((one.health for one in self.assessments), key=lambda one: one.rank, default=Severity.NORMAL)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import xxhash
@@ -180,6 +181,20 @@ def test_a_digest_is_written_where_something_changed_or_it_was_not_for_long(lab:
     assert made.publish(lab.store, watched(lab, state="retrying")).written == 1
 
 
+def test_the_room_that_there_is_is_looked_at_in_every_turn(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"percent": 50.0}
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=int(free["percent"] * 1000), total=100_000))
+    made = publisher(lab)
+    sources = tuple(map(str, lab.paths))
+    assert made.publish(lab.store, watched(lab, sources=sources)).written == 1
+    free["percent"] = 49.9
+    assert made.publish(lab.store, watched(lab, sources=sources)).written == 0, "that is nothing new"
+    free["percent"] = 5.0
+    assert made.publish(lab.store, watched(lab, sources=sources)).written == 1
+    [judged] = report.report(lab.store, elsewhere(lab), TENANT).assessments
+    assert [one.observed for one in judged.doubts if one.rule_id == "free-space"] == [5.0]
+
+
 def test_a_turn_costs_little(lab: Lab) -> None:
     made = publisher(lab)
     store = RecordingStore(lab.store)
@@ -206,6 +221,7 @@ def test_a_machine_that_starts_again_goes_on_with_its_digests(lab: Lab) -> None:
 def test_what_another_process_of_the_machine_wrote_is_written_over(lab: Lab) -> None:
     one, other = publisher(lab), publisher(lab)
     one.publish(lab.store, watched(lab))
+    advance(lab, 1)
     other.publish(lab.store, watched(lab))
     cycle(lab, one)
     assert one.publish(lab.store, watched(lab)).written == 1
@@ -555,7 +571,11 @@ def test_hostile_content_is_refused_with_one_error() -> None:
         digest.decode(bytes(later), key=told.key, sealer=lambda: None)
 
 
-def test_a_digest_does_not_unpack_to_more_than_it_says() -> None:
+def test_a_digest_does_not_unpack_to_more_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unpack() -> None:
+        pytest.fail("room was made for it")
+
+    monkeypatch.setattr(digest.zstandard, "ZstdDecompressor", unpack)
     rest = zstandard.ZstdCompressor().compress(b"[" + b" " * (8 << 20) + b"]")
     data = digest._HEADER.pack(digest.MAGIC, 1, 0, 100, xxhash.xxh3_128_digest(rest)) + rest
     with pytest.raises(IntegrityError):
