@@ -12,7 +12,9 @@ import click
 
 from cli.output import Output, escape
 from cli.progress import LINE_INTERVAL_SECONDS
+from cli.sizes import human_size
 from replica.plans.engine import Mark, Told
+from replica.plans.model import ActionKind
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -98,8 +100,6 @@ class BarsReport:
 
     def __init__(self, output: Output, *, confirm_all: bool) -> None:
         from rich.progress import (  # noqa: PLC0415 - only a terminal needs it
-            BarColumn,
-            DownloadColumn,
             Progress,
             SpinnerColumn,
             TextColumn,
@@ -112,10 +112,8 @@ class BarsReport:
         self._console = output.console(output.stderr)
         self._bars: Progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            DownloadColumn(binary_units=True),
             TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
             console=self._console,
             refresh_per_second=4,
             transient=True,
@@ -128,14 +126,13 @@ class BarsReport:
         if step is None:
             self._console.print(escape(told.text))
         elif told.mark is Mark.BEGUN:
+            if step.action is not None and step.action.kind is ActionKind.CONFIRM:
+                return  # it is on the screen as a question
             self._tasks[step.id] = self._bars.add_task(escape(step.title), total=None)
         elif told.mark is Mark.PROGRESS and step.id in self._tasks:
-            self._bars.update(
-                self._tasks[step.id],
-                description=escape(f"{step.title}: {told.text}"),
-                completed=told.done_bytes,
-                total=told.total_bytes or None,
-            )
+            of = f" of {human_size(told.total_bytes)}" if told.total_bytes else ""
+            much = f" {human_size(told.done_bytes)}{of}" if told.done_bytes else ""
+            self._bars.update(self._tasks[step.id], description=escape(f"{step.title}: {told.text}{much}"))
         elif told.mark is Mark.SETTLED:
             task = self._tasks.pop(step.id, None)
             if task is not None:

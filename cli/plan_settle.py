@@ -89,4 +89,7 @@ def cleanup(output: Output, plan: str, forget: bool, yes: bool, dry_run: bool, *
         return None
     if doomed:
         output.confirm(f"Remove {sum(map(len, doomed.values()))} machines of {', '.join(doomed)}?", yes=yes)
-    return _show(output, found, settling.cleanup(found, means_of, forget=forget))
+    done = settling.clean_up_after(
+        session.store(), session.host, session.configuration.tenant, found, means_of, forget=forget
+    )
+    return _show(output, found, done)

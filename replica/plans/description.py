@@ -79,11 +79,9 @@ def tree(plan: Plan, kind: RunKind, survey: Survey | None) -> Iterator[str]:
         yield f"{lead}{f'group {name}{within}' if group is not None else 'the plan'}"
         for at, one in enumerate(held):
             branch = "└─ " if at == len(held) - 1 else "├─ "
-            own = one.kind is StepKind.ACTION and one.id.startswith("vm/")
-            text = f"{one.title} ({one.vm})" if own else one.title
             more = f": {_says(surveyed.get(one.vm))}" if one.kind is StepKind.START and one.vm in surveyed else ""
             rule = "" if one.on_failure.value == "stop" else "  [may fail]"
-            yield f"{below}{branch}{turns[one.id]:>2}  {text}{more}{rule}"
+            yield f"{below}{branch}{turns[one.id]:>2}  {one.title}{more}{rule}"
 
 
 def _parts(steps: Sequence[Step]) -> list[tuple[str, list[Step]]]:

@@ -300,11 +300,11 @@ def _action_step(
     needs: tuple[str, ...] = (),
     follows: tuple[str, ...] = (),
 ) -> Step:
-    asks = action.kind is ActionKind.CONFIRM
+    about = f"{action.name} ({vm})" if vm else action.name
     return Step(
         step_id,
         StepKind.ACTION,
-        f"ask: {action.name}" if asks else action.name,
+        f"ask: {action.name}" if action.kind is ActionKind.CONFIRM else about,
         group,
         vm,
         action,

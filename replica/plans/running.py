@@ -113,6 +113,16 @@ def status(store: Store, keys: PlanKeys, number: int | None = None) -> Run:
     return Run(header, plan, steps, journal.read(store, keys, number))
 
 
+def give_up(store: Store, host: Host, found: Run, tenant: str, why: str) -> None:
+    """Let nobody go on with a run; nothing where it is over. Raises LeaseHeldError where somebody is at work on it."""
+    if found.is_over:
+        return
+    keys = keys_of(tenant, found.header.plan)
+    with host.exclusive(_lock(keys)) as sole:
+        taken = journal.take_over(store, host, keys, found.header.run, sole_on_host=sole)
+        taken.append(What.GIVEN_UP, detail=why)
+
+
 def refuse_busy(found: Run, now: datetime) -> None:
     """Raise LeaseHeldError where somebody is at work on a run."""
     holder = found.state.holder

@@ -13,12 +13,14 @@ from replica import catalog
 from replica.errors import GodwitError, UsageError
 from replica.failover import returning, settling
 from replica.failover.means import Means
+from replica.host import Host
 from replica.model import RecoveryMachine, Standing
-from replica.plans import graph
+from replica.plans import graph, running
 from replica.plans.graph import StepKind
 from replica.plans.model import RunKind
 from replica.plans.points import MeansOf
 from replica.plans.running import Run
+from replica.stores.store import Store
 from vhdx.errors import DiskError
 
 
@@ -76,6 +78,16 @@ def doomed(found: Run, means_of: MeansOf) -> dict[str, tuple[RecoveryMachine, ..
         if listed:
             machines[vm.name] = listed
     return machines
+
+
+def clean_up_after(
+    store: Store, host: Host, tenant: str, found: Run, means_of: MeansOf, *, forget: bool = False
+) -> tuple[Settled, ...]:
+    """Remove what ``doomed`` says; once all of it is gone nobody goes on with the run. Raises LeaseHeldError."""
+    done = cleanup(found, means_of, forget=forget)
+    if all(one.error is None for one in done):
+        running.give_up(store, host, found, tenant, "it was cleaned up")
+    return done
 
 
 def cleanup(found: Run, means_of: MeansOf, *, forget: bool = False) -> tuple[Settled, ...]:

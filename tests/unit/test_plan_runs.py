@@ -210,13 +210,12 @@ def test_of_two_operators_the_second_is_refused_and_a_dead_one_is_followed(estat
 
     def watch(told: Told) -> None:
         if told.mark is Mark.BEGUN and told.step is not None and told.step.id == "vm/app/start":
-            for work in (
-                lambda: running.resume(estate.operator(host=estate.host("host-b")), "shop"),
-                lambda: running.run(estate.operator(host=estate.host("host-b")), plan, RunKind.UNPLANNED, anew=True),
-            ):
-                with pytest.raises(LeaseHeldError) as caught:
-                    work()
-                refused.append(caught.value)
+            with pytest.raises(LeaseHeldError) as caught:
+                running.resume(estate.operator(host=estate.host("host-b")), "shop")
+            refused.append(caught.value)
+            with pytest.raises(LeaseHeldError) as caught:
+                running.run(estate.operator(host=estate.host("host-b")), plan, RunKind.UNPLANNED, anew=True)
+            refused.append(caught.value)
 
     running.run(estate.operator(watch=watch), plan, RunKind.UNPLANNED)
     assert len(refused) == 2 and "host-a is at work" in str(refused[0])
@@ -255,6 +254,23 @@ def test_a_run_that_is_given_up_makes_room_for_another(estate: Estate) -> None:
     assert done.header.run == 2
     first = running.status(estate.store, PlanKeys("default", "shop"), 1)
     assert first.state.ending is What.GIVEN_UP
+
+
+def test_a_run_that_was_cleaned_up_is_gone_on_with_by_nobody(estate: Estate) -> None:
+    broken = FakePlatform(estate.hypervisor, refuses=frozenset({"start"}))
+    found = running.run(estate.operator(platform=broken), plan_of(THREE), RunKind.TEST)
+    assert not found.is_over and estate.state("db").beside != ()
+    host = estate.host()
+    stuck = FakePlatform(estate.hypervisor, refuses=frozenset({"delete"}))
+    failed = settling.clean_up_after(
+        estate.store, host, "default", found, lambda name: estate.means(name, platform=stuck)
+    )
+    assert failed[0].error is not None
+    assert not running.status(estate.store, PlanKeys("default", "shop")).is_over
+    settling.clean_up_after(estate.store, host, "default", found, estate.means)
+    assert estate.state("db").beside == ()
+    assert running.status(estate.store, PlanKeys("default", "shop")).state.ending is What.GIVEN_UP
+    assert running.run(estate.operator(), plan_of(THREE), RunKind.TEST).header.run == 2
 
 
 def test_no_more_than_so_many_at_once(estate: Estate) -> None:
