@@ -462,6 +462,19 @@ def test_a_status_file_that_says_nothing_is_as_none(tmp_path: Path, content: byt
     assert len(sim.begins(name="a")) >= 2
 
 
+@pytest.mark.parametrize("other", [{"store": "memory:another"}, {"tenant": "another"}])
+def test_a_status_file_of_another_store_or_tenant_counts_for_nothing(tmp_path: Path, other: dict[str, str]) -> None:
+    sim = Simulation(fleet("a", 3600))
+    sim.run(2 * 3600, status_folder=tmp_path)
+    told = statusfile.read(tmp_path)
+    assert told is not None
+    statusfile.write(tmp_path, {**told, **other})
+    sim.clock.advance(10 * 3600)
+    later = Simulation(sim.fleet, clock=sim.clock)
+    later.run(3600, status_folder=tmp_path)
+    assert later.told("cycle.done") and not later.told("cycle.missed")
+
+
 def test_hostile_members_of_a_status_file_do_no_harm(tmp_path: Path) -> None:
     one = facts("a")
     vms: dict[str, object] = {
