@@ -1,4 +1,4 @@
-"""What a Hyper-V host that is none answers to the scripts of the change source, which are not executed themselves."""
+"""What a Hyper-V host that is none answers to the scripts of the change source that are not executed themselves."""
 
 from __future__ import annotations
 
@@ -10,27 +10,6 @@ from typing import Any
 from replica.hyperv import scripts
 from replica.hyperv.session import SessionError
 from tests.support.fake_hyperv import GRAIN, FakeHost, FakeVm, HostFaultError
-
-
-def _describe(host: FakeHost, *, name: str) -> dict[str, Any]:
-    return {"machines": [_machine(one) for one in host.vms if name.casefold() in (one.name.casefold(), one.guid)]}
-
-
-def _machine(vm: FakeVm) -> dict[str, Any]:
-    return {
-        "id": vm.guid.upper(),
-        "name": vm.name,
-        "version": vm.version,
-        "generation": vm.generation,
-        "cpus": vm.cpus,
-        "startup": vm.startup,
-        "assigned": vm.assigned,
-        "dynamic": vm.dynamic,
-        "secure": vm.secure,
-        "boot": [disk.identifier(vm.guid, "D") for disk in reversed(vm.disks)] if vm.generation == 2 else [],
-        "drives": _drives(vm, vm.guid, [disk.files[-1] for disk in vm.disks]),
-        "adapters": vm.adapters,
-    }
 
 
 def _drives(vm: FakeVm, owner: str, files: list[str]) -> list[dict[str, Any]]:
@@ -48,18 +27,6 @@ def _drives(vm: FakeVm, owner: str, files: list[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _survey(host: FakeHost, *, vm_id: str, ledger: str) -> dict[str, Any]:
-    vm = host.vm(vm_id)
-    return {
-        "off": vm.off,
-        "version": vm.version,
-        "snapshots": vm.recovery_checkpoints(),
-        "references": [vars(one) for one in vm.references],
-        "drives": _drives(vm, vm.guid, [disk.files[-1] for disk in vm.disks]),
-        "ledger": host.ledgers.get(ledger, ""),
-    }
-
-
 def _take(host: FakeHost, *, vm_id: str, ledger: str, label: str, consistency: str) -> dict[str, Any]:
     vm = host.vm(vm_id)
     vm.asked_levels.append(int(consistency))
@@ -70,17 +37,6 @@ def _take(host: FakeHost, *, vm_id: str, ledger: str, label: str, consistency: s
         raise SessionError("the host is gone")
     host.line(ledger, "snapshot", label, made.id)
     return {"snapshot": made.id, "off": vm.off, "drives": _drives(vm, made.guid, made.frozen)}
-
-
-def _newest(host: FakeHost, *, vm_id: str) -> dict[str, Any]:
-    vm = host.vm(vm_id)
-    newest = vm.snapshots[-1] if vm.snapshots else None
-    files = [disk.files[-1] for disk in vm.disks] if vm.off else newest.frozen if newest else None
-    return {
-        "off": vm.off,
-        "checkpoint": newest.guid if newest else "",
-        "drives": [] if files is None else _drives(vm, vm.guid, files),
-    }
 
 
 def _changes(host: FakeHost, *, path: str, limit: str, offset: str, length: str) -> dict[str, Any]:
@@ -137,37 +93,10 @@ def _forget(host: FakeHost, *, vm_id: str, ledger: str, reference: str) -> dict[
     return {"removed": bool(found)}
 
 
-def _compact(host: FakeHost, *, ledger: str, text: str) -> dict[str, Any]:
-    host.ledgers[ledger] = text
-    return {}
-
-
-def _measure(host: FakeHost, *, path: str) -> dict[str, Any]:
-    return {"length": str(len(_bytes(host, path)))}
-
-
-def _read(host: FakeHost, *, path: str, offset: str, length: str) -> dict[str, Any]:
-    data = _bytes(host, path)[int(offset) : int(offset) + int(length)]
-    return {"data": base64.b64encode(data).decode()}
-
-
-def _bytes(host: FakeHost, path: str) -> bytes:
-    try:
-        return host.here(path).read_bytes()
-    except OSError:
-        raise HostFaultError("NotFound", message=f"Die Datei {path} wurde nicht gefunden.") from None
-
-
 HANDLERS: dict[str, Callable[..., dict[str, Any]]] = {
-    scripts.DESCRIBE.name: _describe,
-    scripts.SURVEY.name: _survey,
     scripts.TAKE.name: _take,
-    scripts.NEWEST.name: _newest,
     scripts.CHANGES.name: _changes,
     scripts.CONVERT.name: _convert,
     scripts.DISCARD.name: _discard,
     scripts.FORGET.name: _forget,
-    scripts.COMPACT.name: _compact,
-    scripts.MEASURE.name: _measure,
-    scripts.READ.name: _read,
 }

@@ -6,6 +6,7 @@ The refusals are those of the documented cmdlets, in words of their own: the wor
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Callable
@@ -62,8 +63,40 @@ def _types(host: FakeHost) -> dict[str, Any]:
     return {
         "datetime": Clock(),
         "stringcomparison": PsObject(OrdinalIgnoreCase="OrdinalIgnoreCase"),
+        "environment": PsObject(GetFolderPath=lambda name: {"CommonApplicationData": "C:\\ProgramData"}[name]),
+        "io.path": PsObject(Combine=lambda one, two: f"{one}\\{two}"),
+        "nullstring": PsObject(Value=None),
+        "io.file": Files(host),
         "io.directory": PsObject(CreateDirectory=lambda path: host.here(path).mkdir(parents=True, exist_ok=True)),
     }
+
+
+class Files:
+    """System.IO.File on the host, where the ledgers are texts in memory."""
+
+    def __init__(self, host: FakeHost) -> None:
+        self._host = host
+        self.open = guest_types(host.here)["io.file"].Open
+
+    def _name(self, path: str) -> str:
+        assert re.fullmatch(r"C:\\ProgramData\\Godwit\\[0-9a-f]{32}\.txt(\.new)?", path), path
+        return path.rpartition("\\")[2].removesuffix(".txt")
+
+    def exists(self, path: str) -> bool:
+        return self._name(path) in self._host.ledgers
+
+    def readalltext(self, path: str) -> str:
+        return self._host.ledgers[self._name(path)]
+
+    def writealltext(self, path: str, text: str) -> None:
+        self._host.ledgers[self._name(path)] = text
+
+    def replace(self, source: str, target: str, backup: str | None) -> None:
+        assert backup is None and self.exists(target)
+        self.move(source, target)
+
+    def move(self, source: str, target: str) -> None:
+        self._host.ledgers[self._name(target)] = self._host.ledgers.pop(self._name(source))
 
 
 class View:
@@ -79,21 +112,29 @@ class View:
     path = property(lambda self: self.vm.path)
     harddrives = property(lambda self: [_drive(self.vm, one) for one in self.vm.disks])
 
+    generation = property(lambda self: self.vm.generation)
+    version = property(lambda self: self.vm.version)
+    processorcount = property(lambda self: self.vm.cpus)
+    memorystartup = property(lambda self: self.vm.startup)
+    memoryassigned = property(lambda self: self.vm.assigned)
+    dynamicmemoryenabled = property(lambda self: self.vm.dynamic)
+    parentcheckpointid = property(lambda self: self.vm.snapshots[-1].guid if self.vm.snapshots else None)
+
     @property
     def heartbeat(self) -> str:
         guest = self.vm.guest
         return "OkApplicationsUnknown" if self.vm.state == "Running" and guest.up and guest.has_integration else ""
 
 
-def _drive(vm: FakeVm, disk: FakeDisk) -> PsObject:
+def _drive(vm: FakeVm, disk: FakeDisk, path: str | None = None) -> PsObject:
     return PsObject(
         ControllerType=disk.controller,
         ControllerNumber=disk.number,
         ControllerLocation=disk.location,
         Id=disk.identifier(vm.guid, "D"),
-        Path=disk.files[-1],
+        Path=disk.files[-1] if path is None else path,
         SupportPersistentReservations=disk.shared,
-        DiskNumber=None,
+        DiskNumber=7 if disk.physical else None,
     )
 
 
@@ -122,6 +163,8 @@ class _Cmdlets:
                 self.set_firmware,
                 (*both, "EnableSecureBoot", "SecureBootTemplate", "FirstBootDevice"),
             ),
+            "Get-VMSnapshot": Cmdlet(self.get_snapshots, both),
+            "Get-VMFirmware": Cmdlet(self.get_firmware, both),
             "Get-VMNetworkAdapter": Cmdlet(self.get_adapters, both, ("All",)),
             "Add-VMNetworkAdapter": self.changing(
                 "Add-VMNetworkAdapter", self.add_adapter, (*both, "Name", "SwitchName", "StaticMacAddress")
@@ -193,7 +236,7 @@ class _Cmdlets:
     def get_vm(self, run: Any, id: str | None = None) -> list[View]:  # noqa: A002
         found = [View(self.host, one) for one in self.host.vms if id is None or one.guid == id]
         if id is not None and not found:
-            raise refusal(f'Hyper-V konnte keinen virtuellen Computer mit der ID "{id}" finden.', "InvalidArgument")
+            raise refusal(f'Der virtuelle Computer mit der ID "{id}" wurde nicht gefunden.', "InvalidArgument")
         return found
 
     def new_vm(
@@ -298,6 +341,22 @@ class _Cmdlets:
         machine = self._off(vm)
         self.host.vms.remove(machine)
 
+    def get_snapshots(self, run: Any, vm: View) -> list[PsObject]:
+        return [
+            PsObject(
+                Id=one.guid,
+                HardDrives=[_drive(vm.vm, disk, path) for disk, path in zip(vm.vm.disks, one.frozen, strict=True)],
+            )
+            for one in vm.vm.snapshots
+        ]
+
+    def get_firmware(self, run: Any, vm: View) -> PsObject:
+        if vm.vm.generation != 2:
+            raise refusal("A virtual machine of Generation 1 has no such firmware.", "InvalidArgument")
+        order = [PsObject(BootType="Drive", Device=_drive(vm.vm, one)) for one in reversed(vm.vm.disks)]
+        order.insert(0, PsObject(BootType="Network", Device=PsObject(Id="an adapter")))
+        return PsObject(SecureBoot="On" if vm.vm.secure else "Off", BootOrder=order)
+
     # -- networks
 
     def new_switch(self, run: Any, name: str, switch_type: str, notes: str) -> PsObject:
@@ -312,7 +371,14 @@ class _Cmdlets:
         machines = [vm.vm] if vm is not None else self.host.vms
         assert vm is not None or all
         return [
-            PsObject(vm=one, adapter=each, Name=each.get("name"), MacAddress=each["mac"], SwitchName=each["network"])
+            PsObject(
+                vm=one,
+                adapter=each,
+                Name=each.get("name"),
+                MacAddress=each["mac"],
+                DynamicMacAddressEnabled=each["dynamic"],
+                SwitchName=each["network"],
+            )
             for one in machines
             for each in one.adapters
         ]
@@ -422,8 +488,21 @@ class _Cmdlets:
     def get_associated(
         self, run: Any, input_object: PsObject, result_class_name: str, association: str
     ) -> list[PsObject]:
-        assert (result_class_name, association) == ("Msvm_VirtualSystemSettingData", "Msvm_SettingsDefineState")
         vm = input_object.vm  # type: ignore[attr-defined]
+        if association == "Msvm_SnapshotOfVirtualSystem":
+            kind = {"Recovery": "Microsoft:Hyper-V:Snapshot:Recovery"}
+            return [PsObject(InstanceID=one.id, VirtualSystemType=kind.get(one.type, one.type)) for one in vm.snapshots]
+        if association == "Msvm_ReferencePointOfVirtualSystem":
+            return [
+                PsObject(
+                    InstanceID=one.id,
+                    ReferencePointType=one.type,
+                    VirtualDiskIdentifiers=list(one.disks),
+                    ResilientChangeTrackingIdentifiers=list(one.changes),
+                )
+                for one in vm.references
+            ]
+        assert (result_class_name, association) == ("Msvm_VirtualSystemSettingData", "Msvm_SettingsDefineState")
         return [PsObject(vm=vm, BIOSGUID="{" + vm.settings.get("bios", str(uuid.uuid4()).upper()) + "}")]
 
     def call_cim(self, run: Any, input_object: PsObject, method_name: str, arguments: Table) -> PsObject:
