@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +34,7 @@ from replica.host import Host
 from replica.model import Vm
 from replica.stores.memory import MemoryStore
 from replica.stores.store import ObjectData, Store
+from replica.vault import Vault
 from tests.support.encryption import encrypted_lab, sealed
 from tests.support.engine import START, Lab, make_host, make_lab, random_blocks
 from tests.support.health import HOSTILE_NAMES, NOW, every, healthy
@@ -155,6 +156,30 @@ def test_a_cycle_that_does_not_follow_what_is_known_has_the_vm_looked_at(lab: La
     cycle(lab, made)
     assert made.publish(lab.store, watched(lab)).looked_at == 1
     assert gather(lab.store, lab.host)["web 1"].listed == 3
+
+
+class Meanwhile(RecordingStore):
+    """A store in which something happens while a lease is read."""
+
+    def __init__(self, inner: Store, happen: Callable[[], object]) -> None:
+        super().__init__(inner)
+        self.happen = happen
+
+    def get_tagged(self, key: str) -> tuple[bytes, str]:
+        found = super().get_tagged(key)
+        if key.endswith("/lease.json"):
+            self.happen()
+        return found
+
+
+def test_what_happens_while_a_vm_is_looked_at_has_it_looked_at_again(lab: Lab) -> None:
+    made = publisher(lab)
+    made.publish(lab.store, watched(lab))
+    made.note_doubt(lab.found.keys.vm_id)
+    made.publish(Meanwhile(lab.store, lambda: made.note_doubt(lab.found.keys.vm_id)), watched(lab))
+    assert gather(lab.store, lab.host)["web 1"].as_of == lab.host.clock.now()
+    assert made.publish(lab.store, watched(lab)).looked_at == 1
+    assert made.publish(lab.store, watched(lab)).looked_at == 0
 
 
 def test_a_vm_is_looked_at_once_a_day_in_any_case(lab: Lab) -> None:
@@ -386,6 +411,13 @@ def test_nobody_without_the_key_can_speak_for_an_encrypted_vm(tmp_path: Path) ->
     assert any("does not open" in one for one in gathered.warnings)
 
 
+def test_where_encryption_is_required_no_plain_digest_is_believed(lab: Lab) -> None:
+    publisher(lab).publish(lab.store, watched(lab))
+    store = Vault(lambda: None, require=True).around(lab.store)
+    [seen] = Gatherer(store, lab.host, TENANT).gather().seen
+    assert seen.as_of is None and "require_encryption" in (seen.unread or "")
+
+
 def test_encrypted_and_plain_vms_are_told_apart(tmp_path: Path) -> None:
     inner = MemoryStore("mixed")
     lab = encrypted_lab(tmp_path / "a", [random_blocks(1, 2)], inner)
@@ -575,7 +607,7 @@ def test_a_digest_does_not_unpack_to_more_than_it_says(monkeypatch: pytest.Monke
     def unpack() -> None:
         pytest.fail("room was made for it")
 
-    monkeypatch.setattr(digest.zstandard, "ZstdDecompressor", unpack)
+    monkeypatch.setattr("zstandard.ZstdDecompressor", unpack)
     rest = zstandard.ZstdCompressor().compress(b"[" + b" " * (8 << 20) + b"]")
     data = digest._HEADER.pack(digest.MAGIC, 1, 0, 100, xxhash.xxh3_128_digest(rest)) + rest
     with pytest.raises(IntegrityError):
