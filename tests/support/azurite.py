@@ -26,7 +26,7 @@ ACCOUNT = "godwitaccount"
 # Of nobody but this test: Azurite takes the accounts that AZURITE_ACCOUNTS names.
 KEY = "Z29kd2l0LXRlc3Qta2V5LW5vdC1hLXNlY3JldC1vZi1hbnlib2R5Cg=="
 CONTAINER = "machines"
-INSTALL_SECONDS = 300
+INSTALL_SECONDS = 600
 START_SECONDS = 90
 
 
