@@ -27,6 +27,9 @@ from replica.segment import FrameCompressor, Frames
 from vhdx.disk import Disk, Extents
 
 BATCH_BLOCKS: Final = 64  # 4 MiB: what one task reads, hashes and compresses
+# So many changed blocks of a window (of 4 GiB) are read whether the disk holds anything there or not: that is less work
+# than to ask, which takes every file of a chain, and finds zeros as well.
+FEW_BLOCKS: Final = 64
 
 Ranges: TypeAlias = list[tuple[int, int]]  # half-open, block numbers
 Distrust: TypeAlias = Callable[[Window], npt.NDArray[np.bool_]]  # which entries of a window are of damaged frames
@@ -118,11 +121,15 @@ def _plan_changed(
     for number, touched in _windows_of(changed):
         first = number * WINDOW_BLOCKS
         start, end = first * BLOCK_BYTES, min((first + WINDOW_BLOCKS) * BLOCK_BYTES, disk.size)
-        held = [ranges for _, ranges in _windows_of(disk.allocated(start, end))]
+        last = -(-disk.size // BLOCK_BYTES)
+        ranges = [(start, min(stop, last)) for start, stop in touched if start < last]
+        if sum(stop - start for start, stop in touched) > FEW_BLOCKS:
+            held = [found for _, found in _windows_of(disk.allocated(start, end))]
+            ranges = _common(held[0], touched) if held else []
         window = known.window(base + first, base + first + WINDOW_BLOCKS)
         entries = window.entries.take(_within(window.entries.keys - np.uint64(base), touched))
         inside = replace(window, entries=entries) if len(entries) else None
-        yield from _window_batches(disk, base, number, _common(held[0], touched) if held else [], inside, distrust)
+        yield from _window_batches(disk, base, number, ranges, inside, distrust)
 
 
 def _within(blocks: KeyArray, ranges: Ranges) -> npt.NDArray[np.bool_]:
