@@ -19,6 +19,7 @@ from replica.errors import PlatformError, UsageError
 from replica.failover import failover as failing_over
 from replica.failover import returning
 from replica.failover.failover import Order, new_name
+from replica.failover.homecoming import Destination, look_ahead
 from replica.failover.means import Means
 from replica.failover.returning import Bring
 from replica.model import FailoverKind, RecoveryMachine, Standing
@@ -123,6 +124,8 @@ class RealDeeds:
         state = catalog.settings_in_force(means.store, means.found).state
         if state.standing is Standing.PROTECTED and not state.beside and self.state.step(step.id).attempts > 1:
             return Outcome(Result.DONE, "it is home already")
+        if state.standing is Standing.REPROTECTED:
+            look_ahead(means, state, Destination())  # a home disk that is gone is missed before anything is shut down
         done = returning.failback(means, self.bring_of(step.vm), progress=progress)
         left = "".join(f"; {one.name} is on the host {one.host_name} still" for one in done.left)
         point = None if done.point is None else done.point.point

@@ -21,6 +21,10 @@ from replica.platforms.platform import (
 
 OTHERS: Final = "*"  # stands for every network that is not named, and for none
 
+# Platforms that put a machine's adapters into the networks that it names. The others know one network each, which their
+# table of the configuration names.
+TAKING: Final[frozenset[str]] = frozenset()
+
 
 def mapped(means: Means, networks: Mapping[str, str]) -> Means:
     """Return means whose machines are put into other networks."""

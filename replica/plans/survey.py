@@ -16,6 +16,7 @@ from replica.failover.means import Means
 from replica.failover.transitions import Command
 from replica.model import FailoverKind, Standing
 from replica.plans.model import Plan, PlannedVm, Policy, RunKind
+from replica.plans.networks import TAKING
 from replica.plans.points import Choice, MeansOf, Prepared, prepare
 from vhdx.errors import DiskError
 
@@ -109,6 +110,8 @@ def _look_further(vm: PlannedVm, kind: RunKind, one: VmSurvey, choice: Choice | 
     try:
         if not means.offer(platform).starts:
             notes.append(f"platform {platform} starts no machine: its disks are laid ready")
+        if vm.networks and platform not in TAKING:
+            notes.append(f"networks: platform {platform} puts machines into the network of its configuration")
         # As a test: what is asked of point, platform, generation and conversion is the same, in every standing.
         looked = failing_over.plan(means, Order(FailoverKind.TEST, number, platform, vm.generation))
     except (GodwitError, ConversionError, DiskError) as error:

@@ -13,6 +13,7 @@ from replica.plans import running, settling
 from replica.plans.engine import Mark, Told
 from replica.plans.journal import Result, What
 from replica.plans.model import RunKind
+from tests.support.failover import LOCAL
 from tests.support.fake_platform import FakePlatform
 from tests.support.plans import Estate, make_estate, plan_of
 
@@ -306,3 +307,40 @@ def test_a_step_that_takes_too_long_has_failed(estate: Estate) -> None:
     operator = estate.operator(platform=Slow(estate.hypervisor), watch=watch)
     done = running.run(operator, plan_of(THREE), RunKind.TEST)
     assert done.ran is not None and "did not end within 1800 s" in (done.ran.stopped or "")
+
+
+def test_a_test_that_is_gone_on_with_on_another_host_begins_a_machine_of_its_own_there(estate: Estate) -> None:
+    estate.offers = LOCAL
+    broken = FakePlatform(estate.hypervisor, refuses=frozenset({"start"}))
+    running.run(estate.operator(platform=broken), plan_of(THREE), RunKind.TEST)
+    (left,) = estate.state("db").beside
+    other = estate.host("host-b")
+    done = running.resume(estate.operator(host=other), "shop")
+    assert done.ran is not None and done.ran.went_well
+    assert len(estate.state("db").beside) == 2 and done.state.steps["vm/db/start"].machines[0] == left.name
+    here = [one.vm for one in settling.cleanup(done, lambda name: estate.means(name, host=other)) if one.error]
+    assert here == ["db"]  # one of its machines is seen by the first host only
+    settled = settling.cleanup(done, lambda name: estate.means(name, host=other), forget=True)
+    assert [one.error for one in settled] == [None] and estate.state("db").beside == ()
+
+
+def test_a_home_disk_that_is_gone_is_missed_before_anything_is_shut_down(tmp_path: Path) -> None:
+    estate = make_estate(tmp_path, ("db",))
+    plan = plan_of("plan: shop\ngroups: [{group: g, vms: [db]}]\n")
+    done = running.run(estate.operator(), plan, RunKind.UNPLANNED)
+    settling.commit(done, estate.means)
+    machine = estate.state("db").machine
+    assert machine is not None
+    path = tmp_path / "recovered.img"
+    path.write_bytes(estate.labs["db"].restore(machine.point))
+    estate.hypervisor.paths = lambda name, number: path
+    assert [one.error for one in settling.reprotect(done, estate.means)] == [None]
+    (disk,) = estate.labs["db"].paths
+    moved = disk.rename(tmp_path / "moved")
+    stopped = running.run(estate.operator(), plan, RunKind.FAILBACK)
+    assert stopped.ran is not None and "the home disk is not there" in (stopped.ran.stopped or "")
+    assert estate.hypervisor.running == [machine.name]
+    moved.rename(disk)
+    home = running.resume(estate.operator(), "shop")
+    assert home.ran is not None and home.ran.went_well
+    assert estate.standings() == {"db": "protected"} and estate.hypervisor.machines == {}
