@@ -175,10 +175,7 @@ def _render_one(output: Output, one: Assessment) -> None:
             ("conversion", seen.convertibility),
             ("encrypted", "yes" if seen.encrypted else "no"),
             ("source host", seen.source_host or None),
-            (
-                "clock",
-                "unknown" if seen.store_skew_seconds is None else f"{seen.store_skew_seconds:+.0f} s of the store's",
-            ),
+            ("clock", _clock(seen.store_skew_seconds)),
             ("free space", f"{human_size(space.free_bytes)} at {space.path}" if space else None),
             ("resynchronising", None if forecast is None else f"would take {duration_text(forecast)}"),
         ]
@@ -207,3 +204,12 @@ def _stored(one: Assessment) -> str | None:
     if average is None or largest is None:
         return None
     return f"{human_size(int(average))} a cycle on average, {human_size(largest)} at most"
+
+
+def _clock(skew_seconds: float | None) -> str:
+    """Return how far this machine's clock is from the store's, which tells its own to the second."""
+    if skew_seconds is None:
+        return "unknown: the store tells no time"
+    if abs(skew_seconds) < 2:
+        return "that of the store"
+    return f"{duration_text(abs(skew_seconds))} {'ahead of' if skew_seconds > 0 else 'behind'} the store's"

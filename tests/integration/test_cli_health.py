@@ -95,6 +95,19 @@ def test_one_vm_is_told_in_full(environment: Path) -> None:
     assert re.search(r"^readiness: +unproven$", out, re.MULTILINE)
     assert "what stands against readiness:" in out and "drill-never" in out
     assert "free space:" in out
+    assert re.search(r"^clock: +unknown: the store tells no time$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "skew, told",
+    [(-300.0, "5 min behind the store's"), (45.0, "45 s ahead of the store's"), (-1.2, "that of the store")],
+)
+def test_how_far_the_clock_is_from_the_store_s_is_told(
+    environment: Path, monkeypatch: pytest.MonkeyPatch, skew: float, told: str
+) -> None:
+    protect(environment, "web", replicate=False)
+    monkeypatch.setattr("replica.health.observing.skew_of", lambda _: skew)
+    assert f" {told}\n" in godwit("health", "web")[1]
 
 
 @pytest.mark.parametrize("columns", [80, 200])
