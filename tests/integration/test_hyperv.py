@@ -182,6 +182,18 @@ def test_json_is_read_in_every_shape_that_powershell_gives_it(lab: Callable[...,
     made.assert_clean()
 
 
+@pytest.mark.parametrize(("quirks", "is_2016"), [({"silent jobs"}, False), (set(), True)], ids=["jobs", "2016"])
+def test_what_was_made_is_found_where_jobs_do_not_tell_and_on_older_hosts(
+    lab: Callable[..., HypervLab], quirks: set[str], is_2016: bool
+) -> None:
+    made = lab()
+    made.fake.quirks, made.fake.is_2016 = quirks, is_2016
+    made.point()
+    made.write(1)
+    assert how(made.point()) == ["rct", "rct"]
+    made.assert_clean()
+
+
 def test_answers_that_come_in_many_pieces_are_put_together(lab: Callable[..., HypervLab]) -> None:
     made = lab()
     made.point()

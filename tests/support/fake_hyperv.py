@@ -3,8 +3,8 @@
 It knows what Microsoft documents: recovery checkpoints freeze the files beneath them; of one, and only of one, a
 reference point can be made, which takes the checkpoint away and merges its disks; change tracking tells what was
 written since a reference point, or refuses where it does not know it. What it cannot know is whether Hyper-V keeps to
-that. The scripts of recovery machines are executed (``tests.support.fake_hyperv_cmdlets``); those of the change source
-are not, and whether the PowerShell in them does what the handlers here do instead is not known.
+that. The PowerShell of our scripts is executed, by an interpreter of the tests' own (``tests.support.powershell``), on
+cmdlets and WMI that are those of this host (``fake_hyperv_cmdlets``, ``fake_hyperv_wmi``).
 """
 
 from __future__ import annotations
@@ -328,21 +328,13 @@ class FakeSession:
         self.closed = True
 
     def _answer(self, script: scripts.Script, given: dict[str, str]) -> dict[str, Any]:
-        from tests.support import fake_hyperv_answers as answers  # noqa: PLC0415 - they know this module
-        from tests.support import fake_hyperv_cmdlets as cmdlets  # noqa: PLC0415
+        from tests.support import fake_hyperv_cmdlets as cmdlets  # noqa: PLC0415 - they know this module
 
-        if script.name in answers.HANDLERS:
-            given.pop("TimeoutSeconds", None)
         try:
             waiting = self._host.faults.get(script.name)
             if waiting:
                 raise waiting.pop(0)
-            if script.name not in answers.HANDLERS:
-                return cmdlets.executed(self._host, script.text, given)
-            return {
-                **answers.HANDLERS[script.name](self._host, **{_snake(name): value for name, value in given.items()}),
-                "godwit": 1,
-            }
+            return cmdlets.executed(self._host, script.text, given)
         except HostFaultError as fault:
             return {"fault": {"kind": fault.kind, "code": fault.code, "message": fault.message}, "godwit": 1}
 

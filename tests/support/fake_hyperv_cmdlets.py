@@ -6,7 +6,6 @@ The refusals are those of the documented cmdlets, in words of their own: the wor
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import uuid
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from typing import Any
 from replica.hyperv.session import SessionError
 from tests.support.fake_hyperv import GUEST_SERVICE, FakeDisk, FakeHost, FakeVm
 from tests.support.fake_hyperv_guest import guest_types, invoke
+from tests.support.fake_hyperv_types import host_types
+from tests.support.fake_hyperv_wmi import Wmi
 from tests.support.powershell import Cmdlet, PowerShell
 from tests.support.powershell_expressions import Block
 from tests.support.powershell_values import NotKnownError, PsObject, Table, Thrown
@@ -35,68 +36,12 @@ def executed(host: FakeHost, text: str, given: dict[str, str]) -> dict[str, Any]
 
 def shell(host: FakeHost) -> PowerShell:
     """Return a PowerShell on the host."""
-    return PowerShell(_Cmdlets(host).table(), {**guest_types(host.here), **_types(host)})
+    return PowerShell(_Cmdlets(host).table(), {**guest_types(host.here), **Wmi.types(), **host_types(host)})
 
 
 def refusal(message: str, category: str = "InvalidOperation", code: int = -2146233088) -> Thrown:
     """Return what a cmdlet of Hyper-V refuses with."""
     return Thrown(message, category=category, code=code, types=VIRTUALIZATION)
-
-
-class _Time:
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-
-    def addseconds(self, seconds: int) -> _Time:
-        return _Time(self._seconds + seconds)
-
-    def __gt__(self, other: _Time) -> bool:
-        return self._seconds > other._seconds
-
-
-def _types(host: FakeHost) -> dict[str, Any]:
-    class Clock:
-        @property
-        def utcnow(self) -> _Time:
-            return _Time(host.now / 1000)
-
-    return {
-        "datetime": Clock(),
-        "stringcomparison": PsObject(OrdinalIgnoreCase="OrdinalIgnoreCase"),
-        "environment": PsObject(GetFolderPath=lambda name: {"CommonApplicationData": "C:\\ProgramData"}[name]),
-        "io.path": PsObject(Combine=lambda one, two: f"{one}\\{two}"),
-        "nullstring": PsObject(Value=None),
-        "io.file": Files(host),
-        "io.directory": PsObject(CreateDirectory=lambda path: host.here(path).mkdir(parents=True, exist_ok=True)),
-    }
-
-
-class Files:
-    """System.IO.File on the host, where the ledgers are texts in memory."""
-
-    def __init__(self, host: FakeHost) -> None:
-        self._host = host
-        self.open = guest_types(host.here)["io.file"].Open
-
-    def _name(self, path: str) -> str:
-        assert re.fullmatch(r"C:\\ProgramData\\Godwit\\[0-9a-f]{32}\.txt(\.new)?", path), path
-        return path.rpartition("\\")[2].removesuffix(".txt")
-
-    def exists(self, path: str) -> bool:
-        return self._name(path) in self._host.ledgers
-
-    def readalltext(self, path: str) -> str:
-        return self._host.ledgers[self._name(path)]
-
-    def writealltext(self, path: str, text: str) -> None:
-        self._host.ledgers[self._name(path)] = text
-
-    def replace(self, source: str, target: str, backup: str | None) -> None:
-        assert backup is None and self.exists(target)
-        self.move(source, target)
-
-    def move(self, source: str, target: str) -> None:
-        self._host.ledgers[self._name(target)] = self._host.ledgers.pop(self._name(source))
 
 
 class View:
@@ -195,9 +140,7 @@ class _Cmdlets:
                 self.copy, (*both, "SourcePath", "DestinationPath", "FileSource"), ("CreateFullPath", "Force")
             ),
             "Invoke-Command": Cmdlet(self.invoke, ("VMId", "Credential", "ScriptBlock", "ArgumentList")),
-            "Get-CimInstance": Cmdlet(self.get_cim, ("Namespace", "ClassName")),
-            "Get-CimAssociatedInstance": Cmdlet(self.get_associated, ("InputObject", "ResultClassName", "Association")),
-            "Invoke-CimMethod": Cmdlet(self.call_cim, ("InputObject", "MethodName", "Arguments")),
+            **Wmi(self.host).table(),
             "Get-Command": Cmdlet(self.get_command, ("Name",)),
             "Get-Module": Cmdlet(lambda run, name, list_available: PsObject(Name=name), ("Name",), ("ListAvailable",)),
             "Get-Item": Cmdlet(lambda run, literal_path: PsObject(FullName=literal_path), ("LiteralPath",)),
@@ -477,40 +420,6 @@ class _Cmdlets:
                 types=("System.Management.Automation.Remoting.PSDirectException",),
             )
         return invoke(view.vm.guest, credential, script_block, arguments, self.table())
-
-    # -- WMI
-
-    def get_cim(self, run: Any, namespace: str, class_name: str) -> list[PsObject]:
-        if class_name == "Msvm_ComputerSystem":
-            return [PsObject(Name=one.guid.upper(), vm=one) for one in self.host.vms]
-        return [PsObject(CreationClassName=class_name)]
-
-    def get_associated(
-        self, run: Any, input_object: PsObject, result_class_name: str, association: str
-    ) -> list[PsObject]:
-        vm = input_object.vm  # type: ignore[attr-defined]
-        if association == "Msvm_SnapshotOfVirtualSystem":
-            kind = {"Recovery": "Microsoft:Hyper-V:Snapshot:Recovery"}
-            return [PsObject(InstanceID=one.id, VirtualSystemType=kind.get(one.type, one.type)) for one in vm.snapshots]
-        if association == "Msvm_ReferencePointOfVirtualSystem":
-            return [
-                PsObject(
-                    InstanceID=one.id,
-                    ReferencePointType=one.type,
-                    VirtualDiskIdentifiers=list(one.disks),
-                    ResilientChangeTrackingIdentifiers=list(one.changes),
-                )
-                for one in vm.references
-            ]
-        assert (result_class_name, association) == ("Msvm_VirtualSystemSettingData", "Msvm_SettingsDefineState")
-        return [PsObject(vm=vm, BIOSGUID="{" + vm.settings.get("bios", str(uuid.uuid4()).upper()) + "}")]
-
-    def call_cim(self, run: Any, input_object: PsObject, method_name: str, arguments: Table) -> PsObject:
-        assert method_name == "GetVirtualSystemThumbnailImage"
-        if arguments["TargetSystem"].vm.state != "Running":
-            return PsObject(ReturnValue=32775, ImageData=None)
-        pixels = arguments["WidthPixels"] * arguments["HeightPixels"]
-        return PsObject(ReturnValue=0, ImageData=list(b"\x00\xf8" + b"\xe0\x07" * (pixels - 1)))  # red, then green
 
     # -- the rest
 

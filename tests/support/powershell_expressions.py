@@ -153,6 +153,8 @@ class Expressions:
         if node.child_count == 1:
             return self.value(node.children[0])
         operator = self.run.words(node.children[0]).lower()
+        if operator == "-":
+            return -self.value(node.children[1])
         if operator in ("-not", "!"):
             return not truth(self.value(node.children[1]))
         raise NotKnownError(self.run.words(node))
@@ -172,7 +174,7 @@ class Expressions:
         owner, index = self.value(node.named_children[0]), self.value(node.named_children[1])
         if isinstance(owner, list):
             return owner[index] if -len(owner) <= index < len(owner) else None
-        return owner[index]
+        return owner.get(owner.key(index)) if isinstance(owner, Table) else owner[index]
 
     def _of_member_access(self, node: tree_sitter.Node) -> Any:
         owner, name = self._owner(node), self.run.words(node.named_children[-1])

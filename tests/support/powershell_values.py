@@ -17,20 +17,20 @@ class NotKnownError(AssertionError):
 class Table(dict[str, Any]):
     """A hashtable: keys whatever their case, which they keep."""
 
-    def _key(self, key: str) -> str:
+    def key(self, key: str) -> str:
         return next((one for one in self if one.casefold() == str(key).casefold()), str(key))
 
     def __getitem__(self, key: str) -> Any:
-        return dict.get(self, self._key(key))
+        return dict.get(self, self.key(key))
 
     def __setitem__(self, key: str, value: Any) -> None:
-        dict.__setitem__(self, self._key(key), value)
+        dict.__setitem__(self, self.key(key), value)
 
     def containskey(self, key: str) -> bool:
-        return self._key(key) in self
+        return self.key(key) in self
 
     def contains(self, key: str) -> bool:
-        return self._key(key) in self
+        return self.key(key) in self
 
 
 class PsObject:
@@ -108,7 +108,7 @@ def member(owner: Any, name: str) -> Any:
     if isinstance(owner, str | bytes | bytearray) and low == "length":
         return len(owner)
     if isinstance(owner, Table):
-        return len(owner) if low == "count" else owner.get(owner._key(name))
+        return len(owner) if low == "count" else owner.get(owner.key(name))
     if low == "count" and member_name(owner, name) is None:
         return 1
     known = member_name(owner, name)
@@ -147,6 +147,8 @@ def cast(type_: str, value: Any) -> Any:  # noqa: PLR0911 - a type each
         if not re.fullmatch(r"\{?[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\}?", text):
             raise Thrown(f"Cannot convert value {text!r} to type System.Guid.", category="InvalidArgument")
         return text.strip("{}").lower()
+    if low == "uint64[]":
+        return [cast("uint64", one) for one in unrolled(value)]
     if low == "byte[]":
         return bytes(value)
     if low == "string[]":
@@ -162,6 +164,8 @@ def text_method(text: str, name: str, given: list[Any]) -> Any:
         low = len(given) > 1 and given[1] == "OrdinalIgnoreCase"
         one, start = (text.casefold(), given[0].casefold()) if low else (text, given[0])
         return one.startswith(start) if name == "startswith" else one.endswith(start)
+    if name == "split":
+        return text.split(given[0])
     if name == "tochararray":
         return list(text)
     if name == "trimend":
