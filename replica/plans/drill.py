@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -115,13 +115,14 @@ def run(operator: Operator, plan: Plan, terms: Terms) -> PlanDrill:
             operator.bring_of,
             journal.state,
             ready=ready,
-            trials={},
         )
         ran: Ran | None = None
         try:
             ran = Engine(steps, journal, deeds, operator.host, operator.watch).run()
         finally:
-            for started in reversed(list(deeds.trials.values())):
+            for name, started in reversed(list(deeds.trials.items())):
+                if name not in deeds.looked_at and not started.reasons:
+                    started.reasons.append("its checks were not made")
                 started.clean_up()
     drills = {vm.name: deeds.trials[vm.name].drill() for vm in plan.vms if vm.name in deeds.trials}
     answers = {name: one.answered_at - begun for name, one in deeds.trials.items() if one.answered_at is not None}
@@ -150,8 +151,9 @@ def run(operator: Operator, plan: Plan, terms: Terms) -> PlanDrill:
 class DrillDeeds(RealDeeds):
     """The deeds of a drill: machines are started as trials, and looked at."""
 
-    ready: Mapping[str, Begin] = None  # type: ignore[assignment]
-    trials: dict[str, Trial] = None  # type: ignore[assignment]
+    ready: Mapping[str, Begin] = field(default_factory=dict)
+    trials: dict[str, Trial] = field(default_factory=dict)
+    looked_at: set[str] = field(default_factory=set)
 
     def machine_for(self, step: Step, state: object) -> str | None:
         """Return none: a trial names its own, and keeps a note of it."""
@@ -165,6 +167,7 @@ class DrillDeeds(RealDeeds):
             trial = self.trials[step.vm]
             before = len(trial.reasons)
             trial.look()
+            self.looked_at.add(step.vm)
             wrong = trial.reasons[before:]
             return Outcome(Result.FAILED if wrong else Result.DONE, "; ".join(wrong) or "all checks passed")
         # Named in full: a class with slots is made anew by its decorator, and super() would mean the first.
@@ -211,13 +214,6 @@ def _reasons(
         outcome = None if known is None else known.outcome
         if step.kind is StepKind.ACTION and (outcome is None or outcome.result is not Result.DONE):
             found.append(f"{step.id}: {'it was not done' if outcome is None else outcome.detail}")
-        elif step.kind is StepKind.START and step.vm in drills and drills[step.vm].passed and outcome is not None:
-            if outcome.result is Result.FAILED:  # its time was up, though it came to an end later
-                found.append(f"{step.id}: {outcome.detail}")
-        elif (
-            step.kind is StepKind.CHECK and (outcome is None or outcome.result is Result.LEFT_OUT) and step.vm in drills
-        ):
-            found.append(f"{step.vm}: its checks were not made")
     if ran.interrupted:
         found.append("it was interrupted")
     return tuple(found)

@@ -105,6 +105,8 @@ def test_a_guest_that_never_answers(estate: Estate, tmp_path: Path) -> None:
     estate.guest.answers_after_seconds = None
     done = drilled(estate, tmp_path)
     assert_failed(estate, done, "vm/db/after/1")
+    assert done.drill.drills["db"].reasons == ("its checks were not made",)
+    assert events(estate, "db") == ["failed"] and events(estate, "web") == []
     assert done.drill.rto_seconds is None
     assert "web: it was not tried" in done.drill.reasons  # the plan stops where an action fails
 
