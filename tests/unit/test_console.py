@@ -66,6 +66,13 @@ def test_a_guest_that_says_too_much_is_read_in_bounded_pieces() -> None:
     assert max(map(len, console.last)) <= LONGEST_LINE
 
 
+def test_of_a_line_that_never_ends_the_end_is_kept() -> None:
+    saying = Saying(b"x" * (3 * PIECE_BYTES) + b"READY")
+    console = console_of(saying)
+    assert console.find(re.compile("READY$")) is not None
+    assert len(console._open_line) == LONGEST_LINE
+
+
 def test_a_platform_that_keeps_nothing_is_told_apart() -> None:
     with pytest.raises(PlatformError, match="keeps nothing"):
         Console(cast(Platform, object()), "web")

@@ -119,3 +119,18 @@ def test_data_waits_and_leases_do_not() -> None:
     store.delete("data")
     assert store.head("lease").size == 4 * MIB
     assert clock.monotonic() - begun == pytest.approx(15, abs=0.01)
+
+
+def test_a_machine_that_slept_for_a_year_does_not_go_through_every_minute_of_it() -> None:
+    asked: list[datetime] = []
+
+    class Counting(Limits):
+        def at(self, moment: datetime) -> int | None:
+            asked.append(moment)
+            return MIB
+
+    clock = FakeClock()
+    bucket = Bucket(Counting(), clock)
+    clock.advance(366 * 86400)
+    bucket.take(1, clock.advance)
+    assert len(asked) <= 24 * 60 + 10

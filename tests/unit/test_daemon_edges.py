@@ -104,6 +104,14 @@ def test_a_status_file_that_cannot_be_written_is_told_once(tmp_path: Path) -> No
     assert len(sim.begins()) >= 58
 
 
+def test_the_status_says_at_once_that_it_has_stopped(tmp_path: Path) -> None:
+    sim = Simulation(fleet("a", 600), QUIET)
+    sim.at(1000, lambda: sim.put(Word.RELOAD))  # after which the status is written
+    sim.run(1001, status_folder=tmp_path)
+    told = statusfile.read(tmp_path)
+    assert told is not None and told["state"] == "stopped"
+
+
 def test_missed_turns_are_added_up_in_the_status(tmp_path: Path) -> None:
     sim = Simulation(fleet("a", 60), QUIET)
     long = iter([605.0, 1.0, 305.0])

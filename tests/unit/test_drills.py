@@ -13,7 +13,7 @@ from replica import lease
 from replica.drills import evidence
 from replica.drills.checks import Check, Kind, Terms
 from replica.drills.recording import Recorded, scheduled
-from replica.errors import ConfigurationError, GodwitError, LeaseHeldError, UsageError
+from replica.errors import ConfigurationError, GodwitError, LeaseHeldError, PlatformError, UsageError
 from replica.failover.offer import OFFERS
 from replica.health import journal
 from replica.health.observation import Event, EventKind
@@ -98,6 +98,20 @@ def test_a_drill_replicates_on_and_may_take_an_older_point(place: Range) -> None
     assert done.drill.passed, done.drill.reasons
     assert done.drill.point is not None and done.drill.point.point == 1
     assert place.site.lab.replicate().point == 3
+
+
+def test_phases_follow_one_another(place: Range) -> None:
+    place.guest.execution_seconds = 3.0
+    made = place.drill(check(Kind.AGENT), check(Kind.COMMAND, command=("hostname",))).drill
+    told = {one.phase.value: one.seconds for one in made.timings}
+    assert (told["first answer"], told["checks"], told["cleanup"]) == (20.0, 3.0, 0.0)
+
+
+def test_a_drill_that_cleaned_up_leaves_no_note_of_its_machine(place: Range) -> None:
+    assert place.drill().drill.passed
+    state = place.site.lab.host.state_folder
+    assert state is not None
+    assert [path for path in (state / "drills").rglob("*") if path.is_file()] == []
 
 
 def test_it_is_recorded_with_one_request(place: Range) -> None:
@@ -292,6 +306,26 @@ def test_a_drill_that_cannot_be_recorded_says_so(place: Range) -> None:
     done = place.drill(means=replace(place.means(), store=store))
     assert done.drill.passed
     assert done.record is None and done.unrecorded
+
+
+def test_one_without_evidence_counts_as_failed(place: Range, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise PlatformError("no space left on device")
+
+    monkeypatch.setattr(evidence, "write", full)
+    with pytest.raises(PlatformError, match="no space"):
+        place.drill()
+    assert last_event(place).result == "failed"
+    assert place.site.hypervisor.machines == {}
+
+
+def test_an_agent_is_told_where_its_drill_was_not_recorded(place: Range) -> None:
+    lab = place.site.lab
+    store = FaultyStore(lab.store, [Fault(FaultKind.ERROR, ["create"], "*/events/*")])
+    terms = Terms((check(Kind.AGENT, timeout_seconds=30.0),), evidence=place.folder)
+    work = scheduled(lambda _, host, found: replace(place.means(), store=store), terms)
+    with pytest.raises(GodwitError, match="passed, and was not recorded"):
+        work(store, lab.host, lab.found)
 
 
 def test_without_a_place_for_evidence_nothing_is_started(place: Range, tmp_path: Path) -> None:
