@@ -25,6 +25,7 @@ END_SECONDS: Final = 60.0
 LOOK_SECONDS: Final = 0.1
 OFF: Final = "shut off"
 STANDING: Final = "paused"
+STARTING: Final = "starting up"  # libvirt calls it paused until its QEMU is ready, or does not come up
 
 
 class StoppedDomain:
@@ -36,8 +37,10 @@ class StoppedDomain:
         self.stands = False
 
     def state(self) -> str:
-        """Return libvirt's word for its state. Raises VirshError."""
-        return self._virsh.ask("domstate", "--domain", self._name).strip()
+        """Return libvirt's word for its state; while it is being started, "starting up". Raises VirshError."""
+        said = self._virsh.ask("domstate", "--domain", self._name, "--reason").strip()
+        word, _, reason = said.partition(" (")
+        return STARTING if word == STANDING and reason.removesuffix(")") == STARTING else word
 
     def check(self) -> None:
         """See that it is still off. Raises SourceError."""
@@ -46,9 +49,18 @@ class StoppedDomain:
 
     def finish(self) -> None:
         """End its QEMU, in order: what the disks recorded is kept in them."""
-        if self.stands:
-            self._virsh.ask("destroy", "--domain", self._name, "--graceful", timeout_seconds=END_SECONDS)
-            self.stands = False
+        if not self.stands:
+            return
+        for how in (("--graceful",), ()):
+            try:
+                self._virsh.ask("destroy", "--domain", self._name, *how, timeout_seconds=END_SECONDS)
+                break
+            except VirshRefusedError:
+                if self.state() == OFF:  # somebody else has ended it
+                    break
+                if not how:
+                    raise
+        self.stands = False
 
 
 @contextmanager

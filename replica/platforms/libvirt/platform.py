@@ -66,6 +66,7 @@ class LibvirtPlatform:
         self._folders = MachineFolders(host, "libvirt")
         self._clock = host.clock
         self._virsh = Virsh(self._settings.connect)
+        self._known_user: QemuUser | None = None
         self._speed = hydrate_mib_per_second
         self._environment = environment
 
@@ -182,9 +183,11 @@ class LibvirtPlatform:
         return self._folders.root.parent.parent
 
     def _user(self) -> QemuUser:
-        """Return the user that QEMU runs as."""
-        said = self._virsh.ask("capabilities", timeout_seconds=START_SECONDS)
-        return QemuUser.of(parse_xml(said, "capabilities", "libvirt"), self._settings.socket)
+        """Return the user that QEMU runs as; asked for once, since libvirt may look at each QEMU there is for it."""
+        if self._known_user is None:
+            said = self._virsh.ask("capabilities", timeout_seconds=START_SECONDS)
+            self._known_user = QemuUser.of(parse_xml(said, "capabilities", "libvirt"), self._settings.socket)
+        return self._known_user
 
     def _let_in(self, folder: MachineFolder) -> QemuUser:
         """Let the user that QEMU runs as pass to the machine's folder. Raises PlatformError."""
