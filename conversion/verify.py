@@ -44,7 +44,9 @@ def _verify_bios(device: BlockDevice, found: Inspection, plan: Plan, manifest: M
     live = read_mbr(device)
     if found.generation != 1 or live is None or live != saved.written_mbr():
         wrong.append(_wrong("master boot record", "is not the one that was written", "sector 0 and its chain"))
-    if sum(one.active for one in saved.written_mbr().partitions) != 1:
+    active = [one for one in saved.written_mbr().partitions if one.active]
+    # A logical partition cannot be active: where the one to boot from had to become that, none is.
+    if len(active) > 1 or (not active and all(one.ebr_lba is None for one in saved.layout.entries)):
         wrong.append(_wrong("master boot record", "has not exactly one active partition", "its entries"))
     if found.system != manifest.system:
         wrong.append(_wrong("disk", f"holds {found.system_name} instead of a {manifest.system} system", "inspected"))

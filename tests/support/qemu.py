@@ -122,13 +122,16 @@ class Machine:
         return time.monotonic() - self._started
 
     def wait_for(self, text: str, *, timeout_seconds: float = PATIENCE_SECONDS) -> str:
-        """Return the console's first whole line that begins with ``text``. Raises BootError."""
+        """Return the console's first whole line that has ``text``, from there on. Raises BootError.
+
+        What the kernel says may stand before it: it does not wait for others to end their lines.
+        """
         assert self._process is not None
         while True:
             ended = self._process.poll() is not None
             for line in self.console.split("\n")[:-1]:
-                if line.startswith(text):
-                    return line
+                if text in line:
+                    return line[line.index(text) :]
             if ended:
                 raise BootError(f"the machine ended before it said {text!r}\n{self._tail()}")
             if self.seconds > timeout_seconds:
@@ -192,7 +195,7 @@ def boot(
         console = machine.console
         return Boot(
             ready=ready,
-            output=tuple(line.removeprefix(OUT) for line in console.split("\n") if line.startswith(OUT)),
+            output=tuple(line.partition(OUT)[2] for line in console.split("\n") if OUT in line),
             status=int(done.rpartition("=")[2]),
             ready_seconds=ready_seconds,
             total_seconds=machine.seconds,
