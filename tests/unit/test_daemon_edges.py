@@ -123,6 +123,20 @@ def test_missed_turns_are_added_up_in_the_status(tmp_path: Path) -> None:
     assert [one.fields["turns"] for one in sim.told("cycle.missed")] == [10, 5]
 
 
+def test_pruning_waits_for_the_end_of_a_cycle_that_leaves_it_little_room() -> None:
+    sim = Simulation(fleet("abc", 60), replace(QUIET, concurrency=3, prune_seconds=600))
+    sim.act = taking(cycle=54.0, prune=4.0)
+    sim.run(DAY / 4, care=True)
+    for name in "abc":
+        spans = sorted([(at, at + 54.0) for at in sim.begins(name=name)] + [(at, at + 4) for at in prunes(sim, name)])
+        assert all(following >= end - 1e-6 for (_, end), (following, _) in itertools.pairwise(spans)), name
+        assert len(prunes(sim, name)) >= 34, name
+
+
+def prunes(sim: Simulation, name: str) -> list[float]:
+    return sim.begins(Task.PRUNE, name)
+
+
 def test_pruning_that_finds_another_agent_at_work_is_tried_again_without_a_word() -> None:
     sim = Simulation(fleet("a", 3600), replace(QUIET, prune_seconds=21600))
     outcomes = iter([failed(LeaseHeldError("x"))] * 2)

@@ -318,9 +318,10 @@ def check_the_hour(fleet: Fleet, intervals: dict[str, int], stopped: float, was_
     missed = {name: fleet.check_turns(name, intervals[name]) for name in ordinary}
     for name in ordinary:
         away = AWAY[1] - AWAY[0] + 8 * MINUTE if name in CUT_OFF else 0  # and the pause after four failures
-        assert max(fleet.waits(name)) <= 2 * intervals[name] + 180 + away, name
+        assert max(fleet.waits(name)) <= max(2 * intervals[name] + 180, 420) + away, name
         assert len(fleet.waits(name)) + missed[name] >= HOUR // intervals[name] - 1, name
-    assert all(missed[name] <= 4 if name not in CUT_OFF else missed[name] >= 5 for name in MINUTELY), missed
+    few = 15 if LONG else 4  # that go by while the line is full, or the agent is started anew
+    assert all(missed[name] <= few if name not in CUT_OFF else missed[name] >= 5 for name in MINUTELY), missed
     print(f"{sum(missed.values())} turns missed of {sum(len(fleet.waits(name)) for name in ordinary)}")
 
     check_retries(fleet, stopped)

@@ -6,6 +6,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from replica.daemon.site import Site
 from replica.daemon.stopping import AbandonedError, StoppableStore, Stopper, Where
 from replica.daemon.terms import AgentTerms
 from replica.daemon.units import Facts, Task, Unit, Verdict, perform
-from replica.errors import StoreUnavailableError
+from replica.errors import IntegrityError, StoreUnavailableError
 from replica.health import journal
 from replica.health.observation import EventKind
 from replica.sampling import Budget
@@ -78,6 +79,31 @@ def test_a_cycle_makes_a_point_and_tells_of_settings_that_changed(lab: Lab) -> N
     done = perform(unit_of(lab, Task.CYCLE), site)
     assert done.facts is not None and done.before == made
     assert (done.facts.settings_version, done.facts.interval_seconds) == (2, 77)
+
+
+def test_a_point_that_was_rewritten_does_not_tell_when_a_cycle_was_made(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.replicate()
+    begin = history.begin
+
+    def rewritten(*arguments: Any) -> Any:
+        found = begin(*arguments)
+        assert found is not None
+        return replace(found, repeats=1)
+
+    monkeypatch.setattr(history, "begin", rewritten)
+    done = perform(unit_of(lab, Task.CYCLE), site_of(lab, lab.store))
+    assert (done.verdict, done.before) == (Verdict.DONE, None)
+
+
+def test_a_vm_whose_records_are_damaged_is_no_vm_that_cannot_be_reached(lab: Lab, tmp_path: Path) -> None:
+    other = make_lab(tmp_path / "other", [bytes(BLOCK)], store=lab.store, host=make_host(name="host-b"), name="other")
+    lab.store.delete(other.found.keys.lease)
+    lab.store.create(other.found.keys.lease, b"damaged")
+    found = perform(Unit(Task.REFRESH, "memory:x", "default"), site_of(lab, lab.store)).listing
+    assert found is not None and found.unreachable == {}
+    assert isinstance(found.facts["other"], IntegrityError)
 
 
 def test_a_cycle_given_up_at_any_request_publishes_nothing_or_all_and_gives_the_lease_back(tmp_path: Path) -> None:

@@ -100,6 +100,19 @@ def test_a_drill_replicates_on_and_may_take_an_older_point(place: Range) -> None
     assert place.site.lab.replicate().point == 3
 
 
+def test_the_first_answer_is_what_counts(place: Range) -> None:
+    done = place.drill(check(Kind.CONSOLE, match="^SeaBIOS"), check(Kind.AGENT))
+    assert done.drill.passed and done.drill.rto_seconds == 0.0
+
+
+@pytest.mark.parametrize("picture", [b"GIF89a", PICTURE + bytes(16 << 20)], ids=["no picture", "too large"])
+def test_what_is_no_picture_is_not_kept(place: Range, picture: bytes) -> None:
+    platform = replace(place.platform(), picture=picture)
+    done = place.drill(check(Kind.AGENT), check(Kind.SCREENSHOT, required=True), platform=platform)
+    assert_failed(place, done, "as a picture is none, or too large")
+    assert done.drill.picture is None
+
+
 def test_phases_follow_one_another(place: Range) -> None:
     place.guest.execution_seconds = 3.0
     made = place.drill(check(Kind.AGENT), check(Kind.COMMAND, command=("hostname",))).drill
@@ -164,7 +177,7 @@ def test_a_service_that_comes_up_late_is_waited_for(place: Range) -> None:
     nginx = ("systemctl", "is-active", "--", "nginx")
 
     class Late(dict[tuple[str, ...], tuple[int, bytes, bytes]]):
-        def get(self, key: object, default: object = None) -> tuple[int, bytes, bytes]:  # type: ignore[override]
+        def get(self, key: object, default: object = None) -> tuple[int, bytes, bytes]:
             return next(states, (0, b"active\n", b"")) if key == nginx else self[key]  # type: ignore[index]
 
     place.guest.programs = Late()
