@@ -45,7 +45,7 @@ def quick_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[list[tuple[str, Place]], int]:
     """Partitions in a random order, with gaps or without, their numbers in any order; and the disk's sectors."""
-    kinds = ["esp", "root", *draw(st.lists(st.sampled_from(range(len(OTHERS))), max_size=4))]
+    kinds: list[str | int] = ["esp", "root", *draw(st.lists(st.sampled_from(range(len(OTHERS))), max_size=4))]
     kinds = draw(st.permutations(kinds))
     numbers = draw(st.permutations(range(1, len(kinds) + 3)))
     start = draw(st.sampled_from([2048, 4096, 2500]))
