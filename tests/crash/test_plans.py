@@ -102,7 +102,7 @@ def brought_to_its_end(estate: Estate, folder: Path, text: str, kind: RunKind) -
     raise AssertionError("it never came to its end")
 
 
-@pytest.mark.parametrize("kind", [RunKind.TEST, RunKind.UNPLANNED])
+@pytest.mark.parametrize("kind", [RunKind.TEST, RunKind.UNPLANNED, RunKind.PLANNED])
 def test_wherever_a_run_is_cut_off_another_host_brings_it_to_the_same_end(
     whole: Estate, tmp_path: Path, kind: RunKind
 ) -> None:
@@ -117,7 +117,7 @@ def test_wherever_a_run_is_cut_off_another_host_brings_it_to_the_same_end(
         done = brought_to_its_end(estate, tmp_path, text, kind)
         assert done.is_over, name
         known = {step: one.outcome.result for step, one in done.state.steps.items() if one.outcome is not None}
-        assert set(known.values()) <= {Result.DONE, Result.SKIPPED} and len(known) == len(done.steps) == 5, name
+        assert set(known.values()) <= {Result.DONE, Result.SKIPPED} and len(known) == len(done.steps) >= 5, name
         seen = marks(tmp_path)
         assert seen.count("once") == seen.count("last") == 1, name
         assert seen.count("twice-or-more") in (1, 2), name
