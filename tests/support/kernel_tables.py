@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ LOSETUP = shutil.which("losetup", path=PATH)
 @cache
 def missing() -> str:
     """Why the kernel cannot be asked here; empty where it can."""
-    if LOSETUP is None or os.name != "posix" or os.geteuid() != 0:
+    if sys.platform == "win32" or LOSETUP is None or os.geteuid() != 0:
         return "loop devices take root and losetup"
     with tempfile.TemporaryDirectory(prefix="godwit-loop-") as folder:
         probe = Path(folder) / "probe.img"

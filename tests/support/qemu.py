@@ -164,7 +164,7 @@ class Machine:
         assert self._folder is not None
         log = (self._folder / "qemu.log").read_text(errors="replace")
         console = self.console.splitlines()
-        load = " ".join(f"{one:.1f}" for one in os.getloadavg())
+        load = "unknown" if sys.platform == "win32" else " ".join(f"{one:.1f}" for one in os.getloadavg())
         state = f"after {self.seconds:.0f} s, the machine's load being {load}, {len(console)} lines on the console"
         return "\n".join([state, *log.splitlines()[-5:], "--- console", *console[-TAIL_LINES:]])
 
