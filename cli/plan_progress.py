@@ -128,6 +128,7 @@ class BarsReport:
         elif told.mark is Mark.BEGUN:
             if step.action is not None and step.action.kind is ActionKind.CONFIRM:
                 return  # it is on the screen as a question
+            self._bars.start()  # not before: until then a passphrase may be asked for
             self._tasks[step.id] = self._bars.add_task(escape(step.title), total=None)
         elif told.mark is Mark.PROGRESS and step.id in self._tasks:
             of = f" of {human_size(told.total_bytes)}" if told.total_bytes else ""
@@ -147,10 +148,10 @@ class BarsReport:
             try:
                 return _asked(self._output, question, confirm_all=self._confirm_all)
             finally:
-                self._bars.start()
+                if self._tasks:
+                    self._bars.start()
 
     def __enter__(self) -> Self:
-        self._bars.start()
         return self
 
     def __exit__(self, *exc: object) -> None:

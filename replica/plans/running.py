@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -73,6 +74,7 @@ def run(operator: Operator, plan: Plan, kind: RunKind, *, anew: bool = False) ->
     """
     keys = operator.keys(plan.name)
     with operator.host.exclusive(_lock(keys)) as sole:
+        _meet(operator, plan)
         _leave_behind(operator, keys, anew=anew, sole=sole)
         prepared = prepared_for(operator, plan, kind)
         header = journal.begin(operator.store, operator.host, keys, plan, kind, prepared.fixed)
@@ -96,6 +98,7 @@ def resume(operator: Operator, name: str, *, redo: Sequence[str] = (), skip: Seq
                 hint="begin another with 'godwit plan run'",
             )
         _look_at_words(found, (*redo, *skip))
+        _meet(operator, found.plan)
         written = journal.take_over(operator.store, operator.host, keys, found.header.run, sole_on_host=sole)
         for step, result in (*((one, Result.REDO) for one in redo), *((one, Result.SKIPPED) for one in skip)):
             written.append(What.SETTLED, step=step, outcome=Outcome(result, f"said on {operator.host.host_name}"))
@@ -164,6 +167,13 @@ def _go(operator: Operator, header: Header, plan: Plan, written: StoredJournal) 
     )
     ran = Engine(steps, written, deeds, operator.host, operator.watch).run()
     return Run(header, plan, steps, written.state, ran)
+
+
+def _meet(operator: Operator, plan: Plan) -> None:
+    """Find all VMs before anything is begun: a passphrase that is asked for is asked now. Raises TenantKeyError."""
+    for vm in plan.vms:
+        with suppress(UsageError):  # one that is not there is told of with all else that is wrong
+            operator.means_of(vm.name)
 
 
 def _lock(keys: PlanKeys) -> str:
