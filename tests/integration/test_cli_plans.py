@@ -8,13 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cli import main
+from cli import main, session
 from cli.output import Output
 from tests.support import running_qemu
 from tests.support.engine import BLOCK, random_blocks
@@ -178,6 +179,26 @@ def test_an_unplanned_run_stops_at_a_question_and_is_resumed_elsewhere(
     assert "would be removed: db: " in good("plan", "cleanup", "p", "--dry-run").out
     assert "db: protected; removed" in good("plan", "cleanup", "p", "--yes").out
     assert "nothing to do" in good("plan", "cleanup", "p", "--yes").out
+
+
+def test_a_passphrase_is_asked_for_once_before_anything_is_begun(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def type_it(question: str, *, confirm: bool = False) -> str:
+        asked.append(threading.current_thread().name)
+        return "typed by hand"
+
+    monkeypatch.setattr(session, "ask_passphrase", type_it)
+    good("key", "init")
+    for name in ("db", "web"):
+        (place / f"{name}.img").write_bytes(random_blocks(1, 2))
+        good("protect", name, "--disk", place / f"{name}.img", "--encrypt")
+        good("replicate", name)
+    (place / "p.yaml").write_text("plan: p\ndefaults: {platform: files}\ngroups: [{group: g, vms: [db, web]}]\n")
+    asked.clear()
+    good("plan", "run", "p.yaml", "--unplanned", "--yes")
+    assert asked == ["MainThread"]
+    assert "db: protected; removed" in good("plan", "cleanup", "p", "--yes").out
 
 
 QEMU = """
