@@ -220,7 +220,7 @@ _ALL: Final = (
         _R,
         _C,
         "whether the VM's OS disk converts, where its platform needs that",
-        "run 'godwit inspect' on the OS disk: it names what is in the way",
+        "'godwit status' of the VM names what is in the way, and what to do about it",
     ),
     Rule("verify-never", _R, _W, "whether the points were ever verified", "run 'godwit verify'"),
     Rule(
