@@ -13,7 +13,7 @@ from replica.daemon import statusfile
 from replica.daemon.bandwidth import Limits, Window
 from replica.daemon.mailbox import Word
 from replica.daemon.terms import AgentTerms
-from replica.daemon.units import Result, Task, Unit, judge
+from replica.daemon.units import Facts, Result, Task, Unit, judge
 from replica.errors import IntegrityError, LeaseHeldError, StoreUnavailableError
 from replica.model import Standing
 from replica.sampling import Budget
@@ -179,29 +179,53 @@ def test_a_vm_that_was_stopped_is_not_cared_for() -> None:
 
 
 def test_a_vm_protected_anew_under_its_name_is_another_and_what_the_old_one_s_cycle_did_is_not_its_own() -> None:
-    old, new = facts("a", 300), facts("a", 300)
-    found = replace(new.found, vm=replace(new.found.vm, vm_id="f" * 32), keys=replace(new.found.keys, vm_id="f" * 32))
-    sim = Simulation({"a": old, "b": facts("b")}, QUIET)
+    old = facts("a", 300)
+    new = protected_anew(old)
+    sim = Simulation({"a": old}, replace(QUIET, concurrency=4))
     lengths = iter([1500.0])
 
     def act(unit: Unit) -> tuple[float, Result]:
         if unit.found == old.found:
-            sim.fleet["a"] = replace(new, found=found)
             return next(lengths, 1.0), failed(IntegrityError("damaged"))
-        return 1.0, done()
+        return 290.0, done()  # so that it is under way when the old one's ends
 
     sim.act = act
-    sim.at(400, lambda: sim.put(Word.RELOAD))
-    sim.fleet.pop("a")
-    sim.at(5, lambda: sim.fleet.update(a=old))
     sim.at(600, lambda: sim.fleet.pop("a"))
-    sim.at(700, lambda: sim.fleet.update(a=replace(new, found=found)))
+    sim.at(700, lambda: sim.fleet.update(a=new))
     sim.run(4000)
     assert [one.name for one in sim.told("vm.added", "vm.removed", vm="a")] == ["vm.added", "vm.removed", "vm.added"]
     assert not sim.told("vm.stopped")  # the damage was the old one's
     assert [one.fields["error"] for one in sim.told("cycle.failed", vm="a")] == ["IntegrityError"]
-    mine = [at for at, unit in sim.begun if unit.task is Task.CYCLE and unit.found == found]
-    assert gaps(mine)[1:] == pytest.approx([300] * (len(mine) - 2), abs=2) and len(mine) >= 9
+    mine = [at for at, unit in sim.begun if unit.task is Task.CYCLE and unit.found == new.found]
+    assert gaps(mine)[2:] == pytest.approx([300] * (len(mine) - 3), abs=2) and len(mine) >= 9
+
+
+def protected_anew(one: Facts) -> Facts:
+    """Return another VM of the same name."""
+    found = one.found
+    return replace(
+        one, found=replace(found, vm=replace(found.vm, vm_id="f" * 32), keys=replace(found.keys, vm_id="f" * 32))
+    )
+
+
+def test_a_stopped_vm_that_is_protected_anew_is_begun_with_anew() -> None:
+    sim = Simulation(fleet("a", 300), QUIET)
+    new = protected_anew(sim.fleet["a"])
+    sim.act = lambda unit: (1.0, done() if unit.found == new.found else failed(IntegrityError("damaged")))
+    sim.at(2000, lambda: sim.fleet.update(a=new))
+    sim.run(4000)
+    assert [one.name for one in sim.events if one.name.startswith("vm.")] == [
+        *("vm.added", "vm.stopped", "vm.removed", "vm.added")
+    ]
+    assert len(sim.told("cycle.done")) >= 5
+
+
+def test_one_thing_of_care_at_a_time_however_many_are_due() -> None:
+    sim = Simulation(fleet((f"vm-{number}" for number in range(30)), 3600), replace(QUIET, verify=Budget(share=0.1)))
+    sim.act = taking(verify=3000.0)  # more than a day for all
+    sim.run(3 * DAY, care=True)
+    begins = sim.begins(Task.VERIFY)
+    assert len(begins) >= 70 and min(gaps(begins)) >= 3000
 
 
 def test_a_cycle_that_learns_of_a_failover_is_the_last_one() -> None:
@@ -223,6 +247,7 @@ def test_a_cycle_that_learns_of_a_failover_is_the_last_one() -> None:
 def test_a_cycle_that_begins_a_moment_early_is_that_of_its_turn() -> None:
     """Clocks differ: one that is behind its own monotonic time must not do the same turn twice."""
     sim = Simulation(fleet("a", 600), QUIET)
+    sim.act = taking(cycle=0.0)
     for at in range(200, 6000, 20):
         sim.at(at, lambda: sim.clock.jump(-0.02))
     sim.run(6000)
