@@ -12,6 +12,8 @@ def lines(document: Mapping[str, Any] | None) -> list[str]:
         return ["not known: the newest point says nothing of it"]
     verdict, system, because = document["verdict"], document["system"], document["because"]
     said = [f"{verdict}{f', {system}' if system else ''}{f': {because}' if because else ''}"]
+    if document["pending"]:
+        said[0] += " (a later cycle looks again: what this rests upon has changed, or could not be read)"
     if verdict == "convertible":
         return said
     for one in document["findings"]:

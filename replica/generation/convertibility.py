@@ -77,6 +77,7 @@ class Convertibility:
             "system": self.system,
             "disk": self.disk,
             "because": self.because or None,
+            "pending": self.pending,
             "judged_at": self.judged_at,
             "findings": [one.document() for one in self.findings],
         }

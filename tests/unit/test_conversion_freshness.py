@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.convertibility import lines
 from conversion import inspection
 from conversion.finding import RULES_VERSION
 from replica import catalog, cycle, history, protection
@@ -213,6 +214,7 @@ def test_it_takes_a_hundredth_of_the_time_at_most_and_forgets_no_change(vm: Vm, 
     vm.clock.advance(REST)
     waiting = said(vm.replicate())
     assert (waiting.verdict, waiting.pending, vm.inspections) == (Verdict.CONVERTIBLE, True, 1)
+    assert "looks again" in lines(waiting.document())[0]
     vm.clock.advance(REST + 1)  # nothing changed in this cycle; in the one before it did
     assert said(vm.replicate()).verdict is Verdict.REFUSED
     assert vm.inspections == 2
