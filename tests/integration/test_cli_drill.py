@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cli import main
-from cli.output import Output
 from replica.platforms.folder import MachineFolders
 from tests.support import running_qemu
 from tests.support.recovery import SAID, Recovery
+from tests.support.typed import run
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="recovery machines run on Linux"),
@@ -25,30 +21,6 @@ pytestmark = [
 ]
 
 VM = "web 1"
-
-
-@dataclass(slots=True)
-class Done:
-    """What a command answered."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        return json.loads(self.out)
-
-
-def run(*arguments: str | Path) -> Done:
-    output = Output(stdout=io.StringIO(), stderr=io.StringIO())
-    code = main.run([str(argument) for argument in arguments], output)
-    assert isinstance(output.stdout, io.StringIO)
-    assert isinstance(output.stderr, io.StringIO)
-    done = Done(code, output.stdout.getvalue(), output.stderr.getvalue())
-    assert "Traceback" not in done.err
-    assert "unexpected" not in done.err, done.err
-    return done
 
 
 @pytest.fixture

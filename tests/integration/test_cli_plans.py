@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cli import main, session
-from cli.output import Output
 from tests.support import running_qemu
 from tests.support.engine import BLOCK, random_blocks
 from tests.support.recovery import boot_sector, wait_until
+from tests.support.typed import good, run
 
 needs_qemu = [
     pytest.mark.skipif(sys.platform != "linux", reason="recovery machines run on Linux"),
@@ -28,36 +24,6 @@ needs_qemu = [
 ]
 
 VMS = ("db", "app", "web")
-
-
-@dataclass(slots=True)
-class Done:
-    """What a command answered."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        return json.loads(self.out)
-
-
-def run(*arguments: str | Path) -> Done:
-    output = Output(stdout=io.StringIO(), stderr=io.StringIO())
-    code = main.run([str(argument) for argument in arguments], output)
-    assert isinstance(output.stdout, io.StringIO)
-    assert isinstance(output.stderr, io.StringIO)
-    done = Done(code, output.stdout.getvalue(), output.stderr.getvalue())
-    assert "Traceback" not in done.err
-    assert "unexpected" not in done.err, done.err
-    return done
-
-
-def good(*arguments: str | Path) -> Done:
-    done = run(*arguments)
-    assert done.code == 0, done.out + done.err
-    return done
 
 
 @pytest.fixture

@@ -38,5 +38,5 @@ def run(*arguments: str | Path) -> Done:
 
 def good(*arguments: str | Path) -> Done:
     done = run(*arguments)
-    assert done.code == 0, done.err
+    assert done.code == 0, done.out + done.err
     return done
