@@ -252,6 +252,11 @@ def _not_quiesced(seen: Observation, counted: Statistics) -> _Said:
         yield True, f"point {seen.newest.point}, and {counted.unsettled} of the window's in all"
 
 
+def _not_followed(seen: Observation, _: Statistics) -> _Said:
+    if seen.newest is not None and seen.newest.not_followed and seen.standing not in _AWAY:
+        yield True, f"point {seen.newest.point} holds an earlier state then; 'godwit replicate' names those disks"
+
+
 def _not_protected(seen: Observation, _: Statistics) -> _Said:
     if seen.standing in (Standing.FAILED_OVER, Standing.COMMITTED):
         since = seen.standing_since or seen.at
@@ -407,6 +412,7 @@ _LOOKS: Final[Mapping[str, Callable[[Observation, Statistics], _Said]]] = {
     "latency": _latency,
     "resynchronising-often": _resynchronising,
     "not-quiesced": _not_quiesced,
+    "checkpoint-not-followed": _not_followed,
     "not-protected": _not_protected,
     "clock-skew": _clock_skew,
     "agent-silent": _agent_silent,

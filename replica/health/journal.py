@@ -202,7 +202,7 @@ def encode_columns(samples: Sequence[PointSample]) -> dict[str, Any]:
         "cycle_ms": [round(one.seconds * 1000) for one in samples],
         "consistency": [one.consistency.value for one in samples],
         "found_by": [one.found_by for one in samples],
-        "flags": [one.is_first | one.not_quiesced << 1 | one.rewritten << 2 for one in samples],
+        "flags": [one.is_first | one.not_quiesced << 1 | one.rewritten << 2 | one.not_followed << 3 for one in samples],
         **{name: [getattr(one, name) for one in samples] for name in _COLUMNS},
     }
 
@@ -233,6 +233,7 @@ def decode_columns(
                 is_first=bool(one["flags"] & 1),
                 not_quiesced=bool(one["flags"] & 2),
                 rewritten=bool(one["flags"] & 4),
+                not_followed=bool(one["flags"] & 8),
                 **{name: one[name] for name in _COLUMNS},
             )
         except (ValueError, OverflowError, OSError) as error:

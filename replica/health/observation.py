@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from replica.block import BLOCK_BYTES
 from replica.model import Consistency, Point, Standing
+from replica.tracking import ABOVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +16,8 @@ class PointSample:
     """What a report needs of one recovery point; sizes in bytes.
 
     ``found_by`` is how most was found out about changes (``scan`` where any disk was compared), ``chain_files`` the
-    files of the longest chain of any disk, 0 where that is not recorded.
+    files of the longest chain of any disk, 0 where that is not recorded. ``not_followed``: a disk was read from a file
+    that other disks stood on.
     """
 
     point: int
@@ -32,6 +34,7 @@ class PointSample:
     found_by: str = ""
     chain_files: int = 0
     not_quiesced: bool = False
+    not_followed: bool = False
     rewritten: bool = False  # no cycle made it: it holds an older point's content, and has its time
 
     @property
@@ -64,6 +67,7 @@ def sample_of(point: Point) -> PointSample:
         found_by="scan" if "scan" in ways else next((way for way in ways if way), ""),
         chain_files=max(chains, default=0),
         not_quiesced=any("not_quiesced" in disk.source for disk in point.disks),
+        not_followed=any(ABOVE in disk.source for disk in point.disks),
         rewritten=point.repeats != 0,
     )
 

@@ -167,6 +167,13 @@ _ALL: Final = (
         "see whether the guest agent runs in the guest; the point is crash-consistent",
     ),
     Rule(
+        "checkpoint-not-followed",
+        _H,
+        _W,
+        "whether other disks stand on a file that the newest point was read from",
+        "if the VM runs on one of them: 'godwit protect NAME --update --disk NEWEST', for every disk",
+    ),
+    Rule(
         "not-protected",
         _H,
         _W,
@@ -246,7 +253,8 @@ _ALL: Final = (
         _R,
         _W,
         "files in the chain of a disk: checkpoints that were never merged",
-        "delete the checkpoints in the hypervisor, which merges their files",
+        "delete the checkpoints in the hypervisor, which merges their files, "
+        "or merge what Hyper-V no longer lists with 'godwit checkpoints merge'",
         threshold=8,
         unit="files",
     ),

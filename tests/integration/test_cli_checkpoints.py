@@ -340,6 +340,10 @@ def test_broken_chains_are_told_with_the_way_out(guest: Guest) -> None:
 # --- the chain changes between cycles
 
 
+def reasons_of_health(of: Site) -> list[str]:
+    return [one["rule_id"] for one in json.loads(of.run("health", "web", "--json").out)["reasons"]]
+
+
 def test_a_chain_that_grows_is_followed_and_told_of_until_it_is(site: Site) -> None:  # noqa: F811
     guest = Guest(site)
     guest.protect()
@@ -356,8 +360,10 @@ def test_a_chain_that_grows_is_followed_and_told_of_until_it_is(site: Site) -> N
     assert refused.code == 1 and "is not the newest file" in refused.err and guest.tops[0].name in refused.err
     assert site.good("replicate", "web", "--json").document["disks"][0]["newer_files"] == [str(guest.tops[0])]
     guest.points[3] = guest.points[2]
+    assert "checkpoint-not-followed" in reasons_of_health(site)
     guest.protect("--update")
     followed = guest.replicate()
+    assert "checkpoint-not-followed" not in reasons_of_health(site)
     assert (followed["disks"][0]["found_by"], followed["changed_blocks"]) == ("chain", 2)
     assert "an earlier state" not in site.good("replicate", "web").err
     guest.points[5] = guest.points[4]

@@ -132,6 +132,17 @@ def test_what_removed_points_were_stays_in_the_digest(lab: Lab) -> None:
     assert seen.listed == 4
 
 
+def test_what_rules_look_at_of_a_point_comes_through_a_digest_that_holds_fewer_points() -> None:
+    points = every(5 * MINUTE, 900)
+    odd = replace(points[-1], not_followed=True, not_quiesced=True, rewritten=True, is_first=True)
+    note = AgentNote("host-a", NOW, "waiting")
+    seen = healthy(samples=(*points[:-1], odd), encrypted=False, agent=note)
+    written = Digest(TENANT, 0, "ab" * 16, "host-a", NOW, (seen,))
+    read, _ = digest.decode(bytes(digest.encode(written, None)), key=written.key, sealer=lambda: None)
+    assert read.seen[0].samples[-2:] == (points[-2], odd)
+    assert "checkpoint-not-followed" in [one.rule_id for one in assess(replace(read.seen[0], at=NOW)).reasons]
+
+
 def test_a_digest_holds_as_many_points_as_a_plot_needs() -> None:
     points = every(5 * MINUTE, 900)
     kept = digest.thinned(points, 40)

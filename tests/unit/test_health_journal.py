@@ -80,7 +80,10 @@ def test_a_verification_becomes_an_event(lab: Lab) -> None:
 
 def test_removed_points_are_remembered_as_they_were(lab: Lab) -> None:
     points = every(5 * MINUTE, 50)
-    points = (*points[:-1], replace(points[-1], not_quiesced=True, found_by="scan", rewritten=True, seconds=1.234))
+    points = (
+        *points[:-1],
+        replace(points[-1], not_quiesced=True, not_followed=True, found_by="scan", rewritten=True, seconds=1.234),
+    )
     assert journal.remember(lab.store, lab.found.keys, reversed(points)) == 1
     assert tuple(journal.remembered(lab.store, lab.found.keys, 100)) == points
     assert [one.point for one in journal.remembered(lab.store, lab.found.keys, 3)] == [48, 49, 50]

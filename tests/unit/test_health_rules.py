@@ -144,6 +144,12 @@ CASES = [
     ),
     Case("resynchronising-often", compared(2), compared(3), 3),
     Case("not-quiesced", healthy(), newest_changed(not_quiesced=True), True),
+    Case("checkpoint-not-followed", healthy(), newest_changed(not_followed=True), True),
+    Case(  # it failed over since: what its source runs on does not count
+        "checkpoint-not-followed",
+        replace(newest_changed(not_followed=True), standing=Standing.COMMITTED, standing_since=NOW - HOUR),
+        newest_changed(not_followed=True),
+    ),
     Case(
         "not-protected", healthy(standing=Standing.REPROTECTED), healthy(standing=Standing.FAILED_OVER, **AWAY), 3600.0
     ),
