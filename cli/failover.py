@@ -90,7 +90,7 @@ def failover(
         done = failing_over.failover(means, order, progress)
     settings = catalog.settings_in_force(store, means.found)
     output.show(
-        {"vm": name, **_failover_document(done), "status": description.document(name, settings)},
+        {"vm": name, **_failover_document(done), "status": description.document(name, settings, means.offers)},
         lambda: _render_failover(output, means, done),
     )
 
@@ -193,10 +193,11 @@ def commit(output: Output, name: str, *, session: Session) -> None:
 def show_standing(output: Output, store: Store, means: Means, more: dict[str, Any] | None = None) -> None:
     """Show where a VM stands now, and what leads on."""
     settings = catalog.settings_in_force(store, means.found)
-    document = {"vm": means.name, **description.document(means.name, settings), **(more or {})}
+    told = description.document(means.name, settings, means.offers)
+    document = {"vm": means.name, **told, **(more or {})}
 
     def render() -> None:
-        output.line(f"{means.name} is {settings.state.standing.value}: {transitions.say(settings.state)}")
+        output.line(f"{means.name} is {told['standing']}: {told['says']}")
         output.note(f"next: {' or '.join(transitions.next_commands(means.name, settings.state))}")
 
     output.show(document, render)

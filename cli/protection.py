@@ -20,6 +20,7 @@ from replica.daemon import localagent
 from replica.daemon.localagent import LocalAgent
 from replica.errors import GodwitError
 from replica.failover import description
+from replica.failover.offer import configured
 from replica.history import newest
 from replica.model import Machine, Nic, Point, Settings
 from replica.protection import MachineWishes
@@ -374,7 +375,7 @@ def _status_of(store: Store, session: Session, name: str) -> dict[str, Any]:
         "rpo_seconds": _age(session, point),
         "size_bytes": point.size if point else None,
         "convertibility": point.convertibility.document() if point and point.convertibility else None,
-        **description.document(name, settings),
+        **description.document(name, settings, configured(session.configuration.platforms)),
     }
 
 

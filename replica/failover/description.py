@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from replica.failover import transitions
+from replica.failover.offer import OFFERS, Offer
 from replica.model import FailoverKind, RecoveryMachine, Settings, Standing
 
 
-def document(name: str, settings: Settings) -> dict[str, Any]:
-    """Return the JSON form of where a VM stands."""
+def document(name: str, settings: Settings, offers: Mapping[str, Offer] = OFFERS) -> dict[str, Any]:
+    """Return the JSON form of where a VM stands; ``offers`` are those of this configuration."""
     state, change = settings.state, settings.change
     home = state.home
     return {
         "standing": state.standing.value,
-        "says": transitions.say(state),
+        "says": transitions.say(state, offers),
         "next": list(transitions.next_commands(name, state)),
         "recovery_machine": None if state.machine is None else machine_document(state.machine),
         "other_machines": [machine_document(one) for one in state.beside],

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Final
 
 from replica.errors import StandingError, UsageError
+from replica.failover.offer import OFFERS, Offer
 from replica.model import (
     FailoverKind,
     Home,
@@ -69,14 +70,27 @@ _SAYS: Final[Mapping[Standing, str]] = {
     Standing.FAILING_BACK: "it is being brought home from {machine}",
 }
 
+# The same where the platform started nothing: what uses the disks by now is not known.
+_SAYS_OF_DISKS: Final[Mapping[Standing, str]] = {
+    **_SAYS,
+    Standing.FAILING_OVER: "the disks of {machine} are being written from point {point}; "
+    "the source does not count any more",
+    Standing.FAILED_OVER: "the disks of {machine} were written from point {point}, and nobody has settled for it yet",
+    Standing.COMMITTED: "the disks of {machine} were written from point {point}, which was settled for; "
+    "they are not replicated yet",
+    Standing.REPROTECTED: "it is replicated from the disks of {machine}",
+}
 
-def say(state: State) -> str:
-    """Return where a VM stands, as the rest of a sentence about it."""
+
+def say(state: State, offers: Mapping[str, Offer] = OFFERS) -> str:
+    """Return where a VM stands, as the rest of a sentence about it; ``offers`` are those of this configuration."""
     machine = state.machine
     if machine is None:
         return _SAYS[state.standing]
+    known = offers.get(machine.platform)
+    says = _SAYS if known is None or known.starts else _SAYS_OF_DISKS
     named = f"the recovery machine {machine.name} ({machine.platform} on {machine.host_name})"
-    return _SAYS[state.standing].format(machine=named, point=machine.point)
+    return says[state.standing].format(machine=named, point=machine.point)
 
 
 def next_commands(name: str, state: State) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from replica.failover import failover as failing_over
 from replica.failover import ledger, transitions
 from replica.failover.adoption import adopt
 from replica.failover.failover import Order
+from replica.failover.offer import configured
 from replica.failover.transitions import ALLOWED, Command
 from replica.lease import acquire
 from replica.model import FailoverKind, Identity, Standing, State
@@ -563,6 +565,24 @@ def test_a_known_bios_uuid_stands_in_for_disks_without_any_id(site: Site, tmp_pa
         adopt(site.means(), copies, Identity("hyperv", "second", "uuid-2"))
     adopt(site.means(), copies, Identity("hyperv", "second", "uuid-1"))
     assert [one.path for one in site.settings.sources] == [str(one) for one in copies]
+
+
+def test_of_a_platform_that_starts_nothing_it_is_told_that_disks_were_written(site: Site) -> None:
+    site.failover(UNPLANNED)
+    state = site.settings.state
+    assert state.machine is not None
+    started = {"azure": {"resource_group": "recovery"}}
+    for platform, tables, runs in (
+        ("qemu", {}, True),
+        ("files", started, False),
+        ("azure", {}, False),
+        ("azure", started, True),
+    ):
+        one = replace(state, machine=replace(state.machine, platform=platform))
+        for standing in (Standing.FAILED_OVER, Standing.COMMITTED, Standing.REPROTECTED):
+            told = transitions.say(replace(one, standing=standing), configured(tables))
+            assert (" runs" in told) is runs, told
+            assert ("the disks of the recovery machine " in told) is not runs, told
 
 
 def test_a_refused_cycle_leaves_nothing_to_look_for(site: Site) -> None:
