@@ -54,10 +54,10 @@ def lines(told: Mapping[str, Any]) -> list[tuple[str, object]]:
 
 
 def _beside(machine: Mapping[str, Any]) -> str:
-    what = "test" if machine["kind"] == FailoverKind.TEST else "to be removed"
+    what = "a test" if machine["kind"] == FailoverKind.TEST else "to be removed; made"
     return (
-        f"{machine['name']}: {what}, from point {machine['point']}, {machine['platform']} on {machine['host']}, "
-        f"since {machine['begun_at']:%Y-%m-%d %H:%M} UTC"
+        f"{machine['name']} ({machine['platform']} on {machine['host']}): {what} from point {machine['point']}, "
+        f"{machine['begun_at']:%Y-%m-%d %H:%M} UTC"
     )
 
 

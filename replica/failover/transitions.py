@@ -63,10 +63,10 @@ NEXT: Final[Mapping[Standing, tuple[str, ...]]] = {
 
 _SAYS: Final[Mapping[Standing, str]] = {
     Standing.PROTECTED: "it runs at its source, which is replicated",
-    Standing.FAILING_OVER: "{machine} is being started from point {point}; the source does not count any more",
-    Standing.FAILED_OVER: "{machine} runs from point {point}, and nobody has settled for it yet",
+    Standing.FAILING_OVER: "{machine} is being started from point {point}; the source is not replicated any more",
+    Standing.FAILED_OVER: "{machine} runs from point {point}, which nobody has settled for yet",
     Standing.COMMITTED: "{machine} runs from point {point}, which was settled for; it is not replicated yet",
-    Standing.REPROTECTED: "{machine} runs, and is replicated from there",
+    Standing.REPROTECTED: "{machine} runs, and is what is replicated",
     Standing.FAILING_BACK: "it is being brought home from {machine}",
 }
 
@@ -74,8 +74,8 @@ _SAYS: Final[Mapping[Standing, str]] = {
 _SAYS_OF_DISKS: Final[Mapping[Standing, str]] = {
     **_SAYS,
     Standing.FAILING_OVER: "the disks of {machine} are being written from point {point}; "
-    "the source does not count any more",
-    Standing.FAILED_OVER: "the disks of {machine} were written from point {point}, and nobody has settled for it yet",
+    "the source is not replicated any more",
+    Standing.FAILED_OVER: "the disks of {machine} were written from point {point}, which nobody has settled for yet",
     Standing.COMMITTED: "the disks of {machine} were written from point {point}, which was settled for; "
     "they are not replicated yet",
     Standing.REPROTECTED: "it is replicated from the disks of {machine}",
@@ -115,7 +115,10 @@ def require(name: str, state: State, command: Command) -> None:
     if command is Command.FAILBACK and state.standing is Standing.PROTECTED and any(map(is_superseded, state.beside)):
         return  # it came home, and what it left is to be removed
     choices = " or ".join(f"'{one}'" for one in next_commands(name, state))
-    raise StandingError(f"{name} is {state.standing.value}: {say(state)}; no {command.value} now", hint=choices)
+    raise StandingError(
+        f"'godwit {command.value}' cannot be used now, because {name} is {state.standing.value}: {say(state)}",
+        hint=choices,
+    )
 
 
 # -- failing over
@@ -206,7 +209,7 @@ def beside(name: str, state: State, wanted: str) -> RecoveryMachine:
         if one.name == wanted:
             return one
     known = ", ".join(one.name for one in state.beside) or "none"
-    raise UsageError(f"{name} has no test machine {wanted!r}", hint=f"it has {known}")
+    raise UsageError(f"{name} has no test machine {wanted!r}", hint=f"those it has: {known}")
 
 
 def _machine(state: State) -> RecoveryMachine:
