@@ -173,10 +173,16 @@ def _look_ahead(means: Means, order: Order, point: Point) -> tuple[str, Literal[
     if isinstance(opened, Checked):
         opened.check()
     generation = means.offer(platform).generation(point.machine.generation, order.generation)
-    if isinstance(opened, Particular):
-        opened.check_machine(_sketch(means, order, point, generation))
+    check_machine(means, order, point, generation)
     planned = conversions.plan(means.store, means.host, means.found, point, generation, workers=means.workers)
     return platform, generation, planned
+
+
+def check_machine(means: Means, order: Order, point: Point, generation: Literal[1, 2]) -> None:
+    """Return if the platform takes a machine that is made of the point, as far as it is known. Raises PlatformError."""
+    opened = means.open_platform(order.platform or DEFAULT_PLATFORM)
+    if isinstance(opened, Particular):
+        opened.check_machine(_sketch(means, order, point, generation))
 
 
 def _sketch(means: Means, order: Order, point: Point, generation: Literal[1, 2]) -> MachineSpec:

@@ -9,6 +9,7 @@ from typing import Any, Final
 from replica.failover.means import Means, Provider
 from replica.generation.patched import Conversion
 from replica.model import Point, RecoveryMachine
+from replica.platforms.networks import mapped_name
 from replica.platforms.platform import (
     DiskSpec,
     DiskState,
@@ -19,11 +20,8 @@ from replica.platforms.platform import (
     Power,
 )
 
-OTHERS: Final = "*"  # stands for every network that is not named, and for none
-
-# Platforms that put a machine's adapters into the networks that it names. The others know one network each, which their
-# table of the configuration names.
-TAKING: Final[frozenset[str]] = frozenset()
+# Platforms that put a machine's adapters into the networks that it is told of. The others know one network at most.
+TAKING: Final = frozenset({"libvirt", "hyperv"})
 
 
 def mapped(means: Means, networks: Mapping[str, str]) -> Means:
@@ -85,12 +83,8 @@ class MappedPlatform:
         self.inner.define(self.mapped(spec))
 
     def mapped(self, spec: MachineSpec) -> MachineSpec:
-        """Return a machine in the networks that it is to be in."""
-        nics = tuple(replace(one, network=self._network(one.network)) for one in spec.machine.nics)
-        return replace(spec, machine=replace(spec.machine, nics=nics))
-
-    def _network(self, network: str | None) -> str | None:
-        return self.networks.get(network or OTHERS, self.networks.get(OTHERS, network))
+        """Return a machine in the networks that it is to be in; the platform's settings are left what is not said."""
+        return replace(spec, networks=tuple(mapped_name(one.network, self.networks) for one in spec.machine.nics))
 
     def start(self, name: str) -> None:
         """See ``Platform.start``."""

@@ -16,7 +16,7 @@ from replica.failover.means import Means
 from replica.failover.transitions import Command
 from replica.model import FailoverKind, Standing
 from replica.plans.model import Plan, PlannedVm, Policy, RunKind
-from replica.plans.networks import TAKING
+from replica.plans.networks import TAKING, mapped
 from replica.plans.points import Choice, MeansOf, Prepared, prepare
 from vhdx.errors import DiskError
 
@@ -111,9 +111,12 @@ def _look_further(vm: PlannedVm, kind: RunKind, one: VmSurvey, choice: Choice | 
         if not means.offer(platform).starts:
             notes.append(f"platform {platform} starts no machine: its disks are laid ready")
         if vm.networks and platform not in TAKING:
-            notes.append(f"networks: platform {platform} puts machines into the network of its configuration")
+            notes.append(f"networks: platform {platform} knows one network at most, and is told of no other")
         # As a test: what is asked of point, platform, generation and conversion is the same, in every standing.
         looked = failing_over.plan(means, Order(FailoverKind.TEST, number, platform, vm.generation))
+        if kind in (RunKind.PLANNED, RunKind.UNPLANNED):  # what is not asked of a test: the networks that it is to have
+            order = Order(FailoverKind(kind.value), number, platform, vm.generation)
+            failing_over.check_machine(mapped(means, dict(vm.networks)), order, looked.point, looked.generation)
     except (GodwitError, ConversionError, DiskError) as error:
         hint = getattr(error, "hint", None)
         problems.append(f"{error}; {hint}" if hint else str(error))

@@ -160,4 +160,5 @@ def _decoded(document: dict[str, Any]) -> MachineSpec:
     machine = dict(document["machine"])
     machine["nics"] = tuple(Nic(**one) for one in machine["nics"])
     disks = tuple(DiskSpec(**{**one, "path": one["path"] and Path(one["path"])}) for one in document["disks"])
-    return MachineSpec(**{**document, "machine": Machine(**machine), "disks": disks})
+    networks = tuple(document.get("networks", ()))
+    return MachineSpec(**{**document, "machine": Machine(**machine), "disks": disks, "networks": networks})

@@ -43,7 +43,10 @@ class DiskSpec:
 
 @dataclass(frozen=True, slots=True)
 class MachineSpec:
-    """A machine to be defined. ``name`` is unique on the platform; ``isolated``: no network beyond itself."""
+    """A machine to be defined. ``name`` is unique on the platform; ``isolated``: no network beyond itself.
+
+    ``networks``: what the network of each adapter is called on the platform; None, or none, where its settings say.
+    """
 
     name: str
     vm_name: str
@@ -51,6 +54,7 @@ class MachineSpec:
     disks: tuple[DiskSpec, ...]
     isolated: bool = False
     system: Literal["linux", "windows"] | None = None  # where that is known: it has other drivers
+    networks: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

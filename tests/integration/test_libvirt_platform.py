@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from replica.errors import PlatformError, SourceError, StoreError
 from replica.failback.departure import Departure
 from replica.failover.stopping import stopped
 from replica.libvirt.address import LibvirtAddress
-from replica.model import Point, SourceDisk
+from replica.model import Nic, Point, SourceDisk
 from replica.platforms import overlay, servant
 from replica.platforms.libvirt import LibvirtPlatform
 from replica.platforms.libvirt.files import LibvirtFiles
@@ -251,7 +252,7 @@ def test_what_a_machine_needs_is_looked_for_beforehand(
     spec = recovery.spec(platform.folder(NAME), NAME)
     platform.check_machine(spec)
 
-    def refused(words: str, *, isolated: bool = False, **settings: str) -> None:
+    def refused(words: str, *, isolated: bool = False, **settings: Any) -> None:
         given = LibvirtSettings.read({"connect": libvirt.connect, "type": "qemu", **settings})
         with pytest.raises(PlatformError, match=words):
             LibvirtPlatform(recovery.host, settings=given).check_machine(replace(spec, isolated=isolated))
@@ -264,6 +265,15 @@ def test_what_a_machine_needs_is_looked_for_beforehand(
     off.write_text("<network><name>off</name></network>")
     libvirt.virsh("net-define", str(off))
     refused(r"platforms\.libvirt\.network: .* 'off' is not active", network="off")
+    from_source = replace(spec.machine, nics=(Nic(None, "vm network"), Nic()))
+    spec = replace(spec, machine=from_source)
+    known = "libvirt has no network 'nothing'; there is off"
+    refused(f"source's network 'vm network': {known}", networks={"vm network": "nothing"})
+    refused(f"adapters that were in no network: {known}", networks={"*": "nothing", "vm network": "bridge:lo"})
+    refused(r"this host has no bridge 'nothing'; there ", networks={"*": "bridge:nothing"})
+    with pytest.raises(PlatformError, match=known):
+        platform.check_machine(replace(spec, networks=(None, "nothing")))
+    platform.check_machine(replace(spec, networks=(None, "nothing"), isolated=True))
     assert platform.power(NAME) is Power.GONE and domains(libvirt) == []
 
 

@@ -152,6 +152,38 @@ def test_addresses_are_kept_but_not_in_tests(lab: Lab) -> None:
     assert [(one["dynamic"], one["network"]) for one in lab.vm.adapters] == [(True, "")] * 2
 
 
+def test_adapters_are_on_the_switches_that_their_networks_are_called(lab: Lab) -> None:
+    lab.fake.switches += [PsObject(Name=one, SwitchType="External", Notes="") for one in ("Lan", "Dmz")]
+    source = replace(MACHINE, nics=(Nic(None, "vm network"), Nic(None, "dmz"), Nic()))
+
+    def on(told: tuple[str | None, ...] = (), *, isolated: bool = False, **more: Any) -> list[str]:
+        platform = lab.platform(**more)
+        spec = replace(lab.spec(), machine=source, networks=told, isolated=isolated)
+        platform.check_machine(spec)
+        platform.define(spec)
+        found = [one["network"] for one in lab.vm.adapters]
+        platform.delete(NAME)
+        return found
+
+    assert on() == ["Production"] * 3
+    mapping = {"vm network": "Lan"}
+    assert on(networks=mapping) == ["Lan", "Production", "Production"]
+    assert on(networks={**mapping, "*": "Dmz"}) == ["Lan", "Dmz", "Dmz"]
+    assert on(("Dmz", None, "Lan"), networks=mapping) == ["Dmz", "Production", "Lan"]
+    assert on((None, "Lan"), networks=mapping, switch="") == ["Lan", "Lan", ""]
+    assert on(("Lan",), networks=mapping, isolated=True) == ["Tests"] * 3
+
+
+def test_a_switch_that_is_not_there_is_missed_before_anything_is_made(lab: Lab) -> None:
+    spec = replace(lab.spec(), networks=("Nothing",))
+    for platform, one in ((lab.platform(), spec), (lab.platform(networks={"*": "Nothing"}), lab.spec())):
+        for ask in (platform.check_machine, platform.define):
+            with pytest.raises(PlatformError, match=r"there is no switch Nothing; there are: \[Production\]"):
+                ask(one)
+        platform.check_machine(replace(one, isolated=True))
+    assert lab.fake.vms == [] and list(lab.share.iterdir()) == []
+
+
 def test_what_anybody_called_a_vm_is_text_and_nothing_else(lab: Lab) -> None:
     platform = lab.platform()
     platform.define(lab.spec(vm_name=EVIL))
@@ -447,6 +479,9 @@ def test_the_picture_of_the_screen(lab: Lab) -> None:
         ({"folder": "D:\\x", "switch": ""}, "switch should be"),
         ({"folder": "D:\\x\n"}, "control characters"),
         ({"folder": "D:\\x", "switch": "a", "test_switch": "a"}, "another than switch"),
+        ({"folder": "D:\\x", "networks": "lan"}, "networks should be a table"),
+        ({"folder": "D:\\x", "networks": {"lan": 5}}, "networks 'lan' should be a network"),
+        ({"folder": "D:\\x", "networks": {"lan": "T"}, "test_switch": "T"}, "networks leads to test_switch"),
         ({"folder": "D:\\x", "secure_boot_template": "x"}, "secure_boot_template should be"),
         ({"folder": "D:\\x", "guest_password_command": [1]}, "should be a command"),
         ({"folder": "D:\\x", "guest_password_command": "a 'b"}, "should be a command"),

@@ -165,6 +165,29 @@ def test_adapters_are_where_the_settings_say_and_tests_are_kept_apart() -> None:
     assert (told.uuid, told.macs) == (bios_uuid("m & co"), tuple(macs))
 
 
+def test_adapters_are_in_the_networks_that_theirs_are_called() -> None:
+    three = (Nic(None, "lan"), Nic(None, "dmz"), Nic())
+
+    def sources(told: tuple[str | None, ...] = (), *, isolated: bool = False, **settings: Any) -> list[str]:
+        one = spec(nics=three, networks=told, isolated=isolated)
+        found = interfaces(made(one, settings=LibvirtSettings.read(settings)))
+        return [" ".join((kind or "", *source.values())) for kind, source, _ in found]
+
+    mapping = {"lan": "recovery", "dmz": "bridge:br7"}
+    assert sources(networks=mapping) == ["network recovery", "bridge br7", "user"]
+    assert sources(networks=mapping, network="default") == ["network recovery", "bridge br7", "network default"]
+    assert sources(networks={"lan": "recovery", "*": "q"}, bridge="br0") == [
+        "network recovery",
+        "network q",
+        "network q",
+    ]
+    told = ("plan", None, "bridge:br1")
+    assert sources(told, networks=mapping, network="default") == ["network plan", "bridge br7", "bridge br1"]
+    assert sources(told, bridge="br0") == ["network plan", "bridge br0", "bridge br1"]
+    assert sources(told, networks=mapping, isolated=True, test_network="shut") == ["network shut"] * 3
+    assert sources(told, networks=mapping, isolated=True) == ["user"] * 3
+
+
 def test_models_of_adapters_follow_the_system() -> None:
     def model(one: MachineSpec) -> str:
         return attributes(made(one), "devices/interface/model")["type"]
@@ -211,6 +234,9 @@ def test_settings_and_their_defaults() -> None:
         ({"type": "xen"}, r"platforms\.libvirt\.type: should be kvm or qemu, not 'xen'"),
         ({"network": "a", "bridge": "b"}, r"platforms\.libvirt\.bridge: .* leave one"),
         ({"network": "a", "test_network": "a"}, r"platforms\.libvirt\.test_network: "),
+        ({"networks": "a"}, r"platforms\.libvirt\.networks: should be a table"),
+        ({"networks": {"a": ""}}, r"platforms\.libvirt\.networks: 'a' should be a network"),
+        ({"networks": {"a": "t"}, "test_network": "t"}, r"platforms\.libvirt\.networks: leads into"),
         ({"connect": "qemu+ssh://host/system"}, r"platforms\.libvirt\.connect: .* on this host"),
         ({"connect": "xen:///"}, r"platforms\.libvirt\.connect: "),
         ({"connect": "qemu://["}, r"platforms\.libvirt\.connect: "),

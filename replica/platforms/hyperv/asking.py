@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -68,8 +69,8 @@ class HypervHost:
             "Folder": f"{self.settings.folder.rstrip(chr(92))}\\{checked}",
         }
 
-    def check(self) -> None:
-        """Return if machines could be made there now."""
+    def check(self, switches: Sequence[str] = ()) -> None:
+        """Return if machines could be made there now, on these switches as well as on those of the settings."""
         settings = self.settings
         with self.session("recovery machines") as session:
             ask(
@@ -78,6 +79,7 @@ class HypervHost:
                 Folder=settings.folder,
                 Switch=settings.switch,
                 TestSwitch=settings.test_switch,
+                Others=json.dumps({"switches": sorted(set(switches))}),
                 timeout_seconds=ASK_SECONDS,
             )
 

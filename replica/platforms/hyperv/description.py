@@ -10,10 +10,12 @@ import hashlib
 import json
 import ntpath
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from replica.errors import PlatformError
+from replica.platforms.networks import networks_of
 from replica.platforms.platform import MachineSpec
 
 SWITCH_NOTES: Final = "Made by Godwit for test failovers"
@@ -82,16 +84,19 @@ def document(
     name: str | None = None,
     switch: str = "",
     test_switch: str = "",
+    networks: Mapping[str, str] | None = None,
     template: str = "",
     suffix: str = ".vhdx",
 ) -> dict[str, Any]:
     """Return the machine as ``New-GodwitMachine`` is told of it, its disks in ``folder`` of the host.
 
     ``name`` is what the host calls it, the machine's own unless given. A machine that is isolated is on
-    ``test_switch``, or on none, with addresses of its own; any other has the addresses that it had. ``template`` is
-    Secure Boot's where the system is not known. Raises PlatformError.
+    ``test_switch``, or on none, with addresses of its own; any other has the addresses that it had, and its adapters
+    are on the switches that the machine, or else ``networks``, tells for theirs, and those of which nothing is told on
+    ``switch``. ``template`` is Secure Boot's where the system is not known. Raises PlatformError.
     """
     machine = spec.machine
+    switches = networks_of(spec, networks or {})
     disks = [
         {
             "controller": at.controller,
@@ -115,6 +120,7 @@ def document(
             {
                 "name": f"Network Adapter {number}",
                 "mac": "" if spec.isolated or not nic.mac else nic.mac.replace(":", "").upper(),
+                **({} if switches[number - 1] is None else {"switch": switches[number - 1]}),
             }
             for number, nic in enumerate(machine.nics[:MOST_ADAPTERS], 1)
         ],

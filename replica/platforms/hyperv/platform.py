@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +28,7 @@ from replica.platforms.hyperv import description, screen, scripts
 from replica.platforms.hyperv.asking import ASK_SECONDS, FoundMachine, HypervHost
 from replica.platforms.hyperv.channel import DirectChannel
 from replica.platforms.hyperv.settings import HypervSettings
+from replica.platforms.networks import networks_of
 from replica.platforms.platform import DiskState, MachineSpec, PlatformName, Power
 from vhdx.progress import Progress, silent
 
@@ -72,7 +73,16 @@ class HypervPlatform:
 
     def check(self) -> None:
         """Return if machines could be made now. Raises PlatformError."""
-        self._there.check()
+        self._check(())
+
+    def check_machine(self, spec: MachineSpec) -> None:
+        """Return if the host has the switches of the machine's adapters. Nothing is made. Raises PlatformError."""
+        switches = [one for one in networks_of(spec, self._settings.networks) if one is not None]
+        if switches:
+            self._there.check(switches)
+
+    def _check(self, switches: Sequence[str]) -> None:
+        self._there.check(switches)
         files = self._settings.files
         if not files.is_dir():
             raise PlatformError(
@@ -92,10 +102,11 @@ class HypervPlatform:
             asked["Folder"],
             switch=self._settings.switch,
             test_switch=self._settings.test_switch,
+            networks=self._settings.networks,
             template=self._settings.template,
         )
         with self._folders.held(spec.name) as folder:
-            self.check()
+            self._check([one for one in networks_of(spec, self._settings.networks) if one is not None])
             found, _ = self._there.find(spec.name)
             if found is None or found.places is None:
                 self._write_disks(spec, folder)

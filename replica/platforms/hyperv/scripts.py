@@ -47,7 +47,9 @@ function Confirm-GodwitName([string]$Name) {
 
 function Confirm-GodwitSwitch([string]$Name) {
     if (@(Get-VMSwitch | Where-Object { $_.Name -eq $Name }).Count -eq 0) {
-        Stop-Godwit 'NotFound' ('there is no switch ' + $Name) 0
+        $There = ''
+        foreach ($Found in @(Get-VMSwitch)) { $There = $There + ' [' + [string]$Found.Name + ']' }
+        Stop-Godwit 'NotFound' ('there is no switch ' + $Name + '; there are:' + $There) 0
     }
 }
 
@@ -74,6 +76,7 @@ function New-GodwitMachine($Machine) {
     foreach ($Adapter in @($Machine.adapters)) {
         $Wanted = @{ VM = $Vm; Name = $Adapter.name }
         if ($Machine.switch) { $Wanted['SwitchName'] = $Machine.switch }
+        if ($Adapter.switch) { $Wanted['SwitchName'] = $Adapter.switch }
         if ($Adapter.mac) { $Wanted['StaticMacAddress'] = $Adapter.mac }
         Add-VMNetworkAdapter @Wanted
     }
@@ -135,11 +138,12 @@ function New-GodwitCredential([string]$User, [string]$Password) {
 
 CHECK: Final = compose(
     "make recovery machines",
-    ("Folder", "Switch", "TestSwitch"),
+    ("Folder", "Switch", "TestSwitch", "Others"),
     r"""
     $null = Get-VMHost
     $null = [System.IO.Directory]::CreateDirectory($Folder)
     if ($Switch) { Confirm-GodwitSwitch $Switch }
+    foreach ($Name in @((ConvertFrom-Json -InputObject $Others).switches)) { Confirm-GodwitSwitch $Name }
     foreach ($Found in @(Get-VMSwitch | Where-Object { $TestSwitch -and ($_.Name -eq $TestSwitch) })) {
         if ([string]$Found.SwitchType -ne 'Private') {
             Stop-Godwit 'Refused' ('the switch ' + $TestSwitch + ' for tests is not a private one') 0

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from replica.errors import ConfigurationError, PlatformError, UsageError
 from replica.hyperv.address import parse_host
+from replica.platforms.networks import read_mapping
 
 PASSWORD: Final = "GODWIT_GUEST_PASSWORD"
 COMMAND_SECONDS: Final = 60.0
@@ -89,6 +90,7 @@ class HypervSettings:
     test_switch: str = ""
     template: str = ""  # of Secure Boot, where what starts is not known
     guest: GuestAccount = field(default_factory=GuestAccount)
+    networks: Mapping[str, str] = field(default_factory=dict)  # of the source, and the switches they are here
 
     @property
     def files(self) -> Path:
@@ -103,7 +105,8 @@ class HypervSettings:
 
 def read(table: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> HypervSettings:
     """Return the settings of a [platforms.hyperv] table. Raises ConfigurationError, which names all that is wrong."""
-    wrong = [f"{name!r} is not a setting" for name in table if name not in {*_HOW, "guest_password_command"}]
+    known = {*_HOW, "guest_password_command", "networks"}
+    wrong = [f"{name!r} is not a setting" for name in table if name not in known]
     texts: dict[str, str] = {}
     for name, what in _HOW.items():
         value = table.get(name, "")
@@ -122,6 +125,13 @@ def read(table: Mapping[str, Any], environment: Mapping[str, str] | None = None)
         wrong.append(f"secure_boot_template should be {_HOW['secure_boot_template']}")
     if texts.get("switch") and texts.get("switch") == texts.get("test_switch"):
         wrong.append("test_switch is to be another than switch: tests would meet what runs")
+    networks: dict[str, str] = {}
+    try:
+        networks = read_mapping(table.get("networks", {}))
+    except ValueError as error:
+        wrong.append(f"networks {error}")
+    if texts.get("test_switch") and texts.get("test_switch") in networks.values():
+        wrong.append("networks leads to test_switch: tests would meet what runs")
     command = _command(table.get("guest_password_command", ()), wrong)
     if wrong:
         raise ConfigurationError("platforms.hyperv: " + "; ".join(wrong))
@@ -133,6 +143,7 @@ def read(table: Mapping[str, Any], environment: Mapping[str, str] | None = None)
         test_switch=texts.get("test_switch", ""),
         template=template,
         guest=GuestAccount(texts.get("guest_user", ""), command, os.environ if environment is None else environment),
+        networks=networks,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Final
 
 from replica.hyperv.scripts import STOP_FUNCTION
@@ -94,7 +95,8 @@ Get-VM -Id $Made.Id
 
 def script(spec: MachineSpec, suffix: str = ".vhdx") -> str:
     """Return the text of the script, plain ASCII, for disk files that end in ``suffix``. Raises PlatformError."""
-    machine = description.document(spec, "", name=fitting_name(spec.vm_name), suffix=suffix)
+    # The switch is chosen where the script is run: what a plan calls networks may be anything there.
+    machine = description.document(replace(spec, networks=()), "", name=fitting_name(spec.vm_name), suffix=suffix)
     return "".join((_HEAD, json.dumps(machine, indent=1), "\n'@\n", STOP_FUNCTION, FUNCTIONS, _TAIL))
 
 

@@ -15,10 +15,12 @@ from replica.libvirt.domain import AGENT_CHANNEL
 from replica.nbd.wire import UnixAddress
 from replica.platforms.libvirt.files import LibvirtFiles
 from replica.platforms.libvirt.settings import LibvirtSettings
+from replica.platforms.networks import networks_of
 from replica.platforms.overlay import RECONNECT_SECONDS, nbd_address
 from replica.platforms.platform import DiskSpec, MachineSpec
 from replica.platforms.qemu.command import IDE_DISKS, MIB, bios_uuid, firmware, mac_of
 
+BRIDGE: Final = "bridge:"  # how a network that is a bridge of the host begins, where adapters' networks are named
 Bus = Literal["virtio", "ide", "sata"]
 _PREFIXES: Final = {"virtio": "vd", "ide": "hd", "sata": "sd"}
 
@@ -143,8 +145,7 @@ def _below(disk: DiskSpec) -> Element:
 
 def _adapter(devices: Element, spec: MachineSpec, number: int, settings: LibvirtSettings) -> None:
     """Add an adapter. That of a test is in the network for tests, or its link is down."""
-    network = settings.test_network if spec.isolated else settings.network
-    bridge = None if spec.isolated else settings.bridge
+    network, bridge = place_of(spec, number, settings)
     if network is not None:
         element = SubElement(devices, "interface", type="network")
         SubElement(element, "source", network=network)
@@ -160,6 +161,16 @@ def _adapter(devices: Element, spec: MachineSpec, number: int, settings: Libvirt
     paravirtual = spec.system == "linux" or any(disk.bus == "virtio" for disk in spec.disks)
     model = "virtio" if paravirtual else "e1000e" if spec.machine.generation == 2 else "e1000"
     SubElement(element, "model", type=model)
+
+
+def place_of(spec: MachineSpec, number: int, settings: LibvirtSettings) -> tuple[str | None, str | None]:
+    """Return the network of libvirt that an adapter is in, or else the bridge of the host, or neither."""
+    if spec.isolated:
+        return settings.test_network, None
+    named = networks_of(spec, settings.networks)[number]
+    if named is None:
+        return settings.network, settings.bridge
+    return (None, named.removeprefix(BRIDGE)) if named.startswith(BRIDGE) else (named, None)
 
 
 def checkpoint_xml(spec: MachineSpec, created_seconds: int) -> Iterator[str]:

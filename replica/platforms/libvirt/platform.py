@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from replica.platforms.libvirt.access import READ, WRITE, QemuUser
 from replica.platforms.libvirt.agent import DomainAgent
 from replica.platforms.libvirt.files import LibvirtFiles
 from replica.platforms.libvirt.settings import LibvirtSettings
+from replica.platforms.networks import networks_of
 from replica.platforms.platform import DiskSpec, DiskState, MachineSpec, PlatformName, Power
 from replica.platforms.qemu.command import bios_uuid, firmware
 from replica.platforms.qemu.screen import LARGEST_PICTURE_BYTES, png_of
@@ -42,6 +43,7 @@ ASK_AGAIN_SECONDS: Final = 5.0  # a guest that is still starting does not hear t
 PRESS_SECONDS: Final = 15.0  # an agent that is silent is waited for by libvirt
 POLL_SECONDS: Final = 0.25
 
+_INTERFACES: Final = Path("/sys/class/net")
 _OFF: Final = ("shut off", "crashed")
 _RUNNING: Final = ("running", "idle", "in shutdown")
 
@@ -96,21 +98,28 @@ class LibvirtPlatform:
             if spec.machine.generation == 2:
                 firmware()
             self._accelerator()
-            settings = self._settings
-            network = settings.test_network if spec.isolated else settings.network
-            if spec.machine.nics and network is not None:
-                key = "test_network" if spec.isolated else "network"
-                self._require_network(network, f"platforms.libvirt.{key}")
-            bridge = None if spec.isolated or network is not None else settings.bridge
-            if spec.machine.nics and bridge is not None and not (Path("/sys/class/net") / bridge).exists():
-                raise PlatformError(f"platforms.libvirt.bridge: this host has no bridge {bridge!r}")
+            self._require_networks(spec)
+
+    def _require_networks(self, spec: MachineSpec) -> None:
+        named = networks_of(spec, self._settings.networks)
+        for number, one in enumerate(spec.machine.nics):
+            network, bridge = domain.place_of(spec, number, self._settings)
+            key = f"platforms.libvirt.{'test_network' if spec.isolated else 'network' if network else 'bridge'}"
+            if named[number] is not None:
+                key = f"the source's network {one.network!r}" if one.network else "adapters that were in no network"
+            if network is not None:
+                self._require_network(network, key)
+            elif bridge is not None and not (_INTERFACES / bridge).exists():
+                raise PlatformError(f"{key}: this host has no bridge {bridge!r}{_listed(_bridges())}")
 
     def _require_network(self, network: str, key: str) -> None:
         try:
             said = self._virsh.ask("net-info", "--network", network)
         except VirshRefusedError as error:
+            there = self._virsh.ask("net-list", "--all", "--name").split("\n")
             raise PlatformError(
-                f"{key}: libvirt has no network {network!r}: {error.message}", hint="'virsh net-list --all' lists them"
+                f"{key}: libvirt has no network {network!r}{_listed(one.strip() for one in there)}: {error.message}",
+                hint="'virsh net-list --all' lists them",
             ) from error
         if not re.search(r"^Active:\s+yes$", said, re.MULTILINE):
             raise PlatformError(
@@ -413,6 +422,16 @@ class LibvirtPlatform:
         except SourceError as error:
             hint = error.hint or _hint(error.message, self._settings)
             raise PlatformError(f"{name}: {error.message}", path=error.path, hint=hint) from error
+
+
+def _bridges() -> list[str]:
+    return sorted(one.parent.name for one in _INTERFACES.glob("*/bridge"))
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return a clause that says which there are instead."""
+    found = [one for one in names if one]
+    return f"; there {'is' if len(found) == 1 else 'are'} {', '.join(found[:20]) or 'none'}"
 
 
 def agent_channel(virsh: Virsh, uuid: str) -> AgentChannel:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
 from replica.errors import ConfigurationError
+from replica.platforms.networks import read_mapping
 
 DEFAULT_CONNECT: Final = "qemu:///system"
 TYPES: Final = ("kvm", "qemu")
@@ -17,6 +18,7 @@ TYPES: Final = ("kvm", "qemu")
 class LibvirtSettings:
     """``network`` is one of libvirt's, ``bridge`` one of the host's; without either, adapters go out through the host.
 
+    ``networks``: for networks of the source, other networks of libvirt, or bridges as ``bridge:NAME``.
     Tests have the ``test_network``, or without one adapters whose link is down. ``type`` None: kvm where libvirt can.
     """
 
@@ -25,6 +27,7 @@ class LibvirtSettings:
     bridge: str | None = None
     test_network: str | None = None
     type: Literal["kvm", "qemu"] | None = None
+    networks: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, table: Mapping[str, Any]) -> Self:
@@ -36,14 +39,21 @@ class LibvirtSettings:
             if key not in known
         ]
         for key in known:
+            if key == "networks":
+                continue
             value = table.get(key, "")
             if key in table and (not isinstance(value, str) or not value.strip() or not value.isprintable()):
                 mistakes.append(f"platforms.libvirt.{key}: should be text, not {value!r:.60}")
+        networks: dict[str, str] = {}
+        try:
+            networks = read_mapping(table.get("networks", {}))
+        except ValueError as error:
+            mistakes.append(f"platforms.libvirt.networks: {error}")
         if not mistakes:
             mistakes = [f"platforms.libvirt.{one}" for one in _contradictions(table)]
         if mistakes:
             raise ConfigurationError("; ".join(mistakes), hint="correct the configuration and try again")
-        return cls(**table)
+        return cls(**{**table, "networks": networks})
 
     @property
     def socket(self) -> str | None:
@@ -52,8 +62,8 @@ class LibvirtSettings:
         return named[0] if named else None
 
 
-def _contradictions(table: Mapping[str, str]) -> list[str]:
-    """Return what is wrong about values that are text, each beginning with its key."""
+def _contradictions(table: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong about values that are of the right types, each beginning with its key."""
     found = []
     connect = table.get("connect", DEFAULT_CONNECT)
     try:
@@ -72,4 +82,6 @@ def _contradictions(table: Mapping[str, str]) -> list[str]:
         found.append("bridge: an adapter is in a network or on a bridge: leave one of the two out")
     if "test_network" in table and table["test_network"] == table.get("network"):
         found.append("test_network: is the network of real failovers, from which tests are to be kept apart")
+    if "test_network" in table and table["test_network"] in table.get("networks", {}).values():
+        found.append("networks: leads into the network of tests, which are to be kept apart")
     return found
