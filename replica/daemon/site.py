@@ -37,7 +37,6 @@ class Site:
     workers: Workers
     terms: AgentTerms
     bucket: Bucket
-    concurrency: int = 2
     drill: Drill | None = None
     cycles: Stopper = field(default_factory=Stopper)
     care: Stopper = field(default_factory=Stopper)
@@ -82,7 +81,7 @@ def opened(url: str, site: Site, stopper: Stopper) -> ResilientStore:
     workers = site.workers
     return open_store(
         url,
-        workers=(workers.threads + workers.uploads) * site.concurrency,
+        workers=(workers.threads + workers.uploads) * site.terms.concurrency,
         patience=Patience(limit_seconds=float(site.terms.patience_seconds)),
         around=lambda bare: site.vault.around(LimitedStore(bare, site.bucket, stopper.sleep)),
         sleep=stopper.sleep,
