@@ -16,6 +16,7 @@ from replica.plans.engine import Engine, Ran, Watch, silent
 from replica.plans.graph import Step
 from replica.plans.journal import Header, Outcome, Result, RunState, StoredJournal, What
 from replica.plans.model import Plan, RunKind
+from replica.plans.places import refusals
 from replica.plans.points import MeansOf, Prepared, prepare
 from replica.stores.store import Store
 
@@ -138,6 +139,8 @@ def refuse_busy(found: Run, now: datetime) -> None:
 
 def prepared_for(operator: Operator, plan: Plan, kind: RunKind) -> Prepared:
     """Choose the points of a run, asking what is to be asked. Raises UsageError naming all that stands against it."""
+    if kind is RunKind.PLANNED and (refused := refusals(plan, operator.means_of)):
+        raise UsageError("; ".join(refused), hint="nothing was shut down: correct the plan, or the configuration")
     if kind not in CHOOSING:
         return Prepared({})
     prepared = prepare(plan, operator.means_of, operator.host.clock.now())

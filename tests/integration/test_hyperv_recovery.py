@@ -258,6 +258,32 @@ def test_what_stands_against_it_is_known_before_the_source_is_touched(
     assert good("points", "web", "--json").out.count('"point"') == 1
 
 
+def test_a_plan_puts_a_machine_on_the_switch_that_it_names(site: Site) -> None:
+    site.fake.switches += [PsObject(Name=one, SwitchType="External", Notes="") for one in ("Recovery", "Quarantine")]
+    with (site.folder / "godwit.toml").open("a") as file:
+        file.write('[platforms.hyperv.networks]\n"*" = "Quarantine"\n')
+
+    def plan(networks: str) -> Path:
+        path = site.folder / "shop.yaml"
+        path.write_text(
+            "plan: shop\ndefaults: {platform: hyperv}\ngroups:\n"
+            f"  - group: front\n    vms:\n      - {{vm: web, networks: {networks}}}\n"
+        )
+        return path
+
+    there = "there are: [Production] [Recovery] [Quarantine]"
+    for command, code in (("validate", 1), ("run --planned --yes", 2), ("run --unplanned --yes", 1)):
+        done = run("plan", *command.split(), plan("{'*': Nothing}"))
+        assert done.code == code and there in " ".join((done.out + done.err).split()), (command, done.out, done.err)
+    assert good("status", "web", "--json").document["standing"] == "protected" and site.fake.vms == []
+    assert "networks" not in good("plan", "validate", plan("{'*': Recovery}")).out
+    good("plan", "run", plan("{'*': Recovery}"), "--unplanned", "--yes", "--anew")
+    assert [one["network"] for one in site.vm.adapters] == ["Recovery"]
+    good("plan", "cleanup", "shop", "--yes")
+    good("plan", "run", plan("{lan: Recovery}"), "--unplanned", "--yes")  # of which the VM's adapter is none
+    assert [one["network"] for one in site.vm.adapters] == ["Quarantine"]
+
+
 def test_a_host_without_memory_says_so_and_cleanup_takes_it_back(site: Site) -> None:
     site.fake.memory = 1 << 29
     done = run("failover", "web", "--unplanned", "--platform", "hyperv", "--yes")
