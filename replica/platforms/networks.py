@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from replica.errors import PlatformError
 from replica.platforms.platform import MachineSpec
 
 OTHERS: Final = "*"  # stands for every network that is not named, and for none
@@ -39,3 +40,12 @@ def networks_of(spec: MachineSpec, mapping: Mapping[str, str]) -> tuple[str | No
     return tuple(
         of_plan or mapped_name(one.network, mapping) for one, of_plan in zip(spec.machine.nics, told, strict=False)
     )
+
+
+def require_apart(networks: Iterable[str | None], test_network: str | None) -> None:
+    """Return if a machine that is no test stays out of the network of tests. Raises PlatformError."""
+    if test_network and test_network in networks:
+        raise PlatformError(
+            f"{test_network!r} is the network of tests, which would meet what runs",
+            hint="name another under networks, in the plan or the configuration",
+        )

@@ -263,10 +263,10 @@ def test_a_plan_puts_a_machine_on_the_switch_that_it_names(site: Site) -> None:
     with (site.folder / "godwit.toml").open("a") as file:
         file.write('[platforms.hyperv.networks]\n"*" = "Quarantine"\n')
 
-    def plan(networks: str) -> Path:
+    def plan(networks: str, platform: str = "hyperv") -> Path:
         path = site.folder / "shop.yaml"
         path.write_text(
-            "plan: shop\ndefaults: {platform: hyperv}\ngroups:\n"
+            f"plan: shop\ndefaults: {{platform: {platform}}}\ngroups:\n"
             f"  - group: front\n    vms:\n      - {{vm: web, networks: {networks}}}\n"
         )
         return path
@@ -276,7 +276,8 @@ def test_a_plan_puts_a_machine_on_the_switch_that_it_names(site: Site) -> None:
         done = run("plan", *command.split(), plan("{'*': Nothing}"))
         assert done.code == code and there in " ".join((done.out + done.err).split()), (command, done.out, done.err)
     assert good("status", "web", "--json").document["standing"] == "protected" and site.fake.vms == []
-    assert "networks" not in good("plan", "validate", plan("{'*': Recovery}")).out
+    assert "networks" not in good("plan", "validate", plan("{'*': Recovery}")).err
+    assert "platform files knows one network at most" in good("plan", "validate", plan("{'*': x}", "files")).err
     good("plan", "run", plan("{'*': Recovery}"), "--unplanned", "--yes", "--anew")
     assert [one["network"] for one in site.vm.adapters] == ["Recovery"]
     good("plan", "cleanup", "shop", "--yes")

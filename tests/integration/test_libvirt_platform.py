@@ -274,6 +274,8 @@ def test_what_a_machine_needs_is_looked_for_beforehand(
     with pytest.raises(PlatformError, match=known):
         platform.check_machine(replace(spec, networks=(None, "nothing")))
     platform.check_machine(replace(spec, networks=(None, "nothing"), isolated=True))
+    spec = replace(spec, networks=("off",))
+    refused("'off' is the network of tests", test_network="off")
     assert platform.power(NAME) is Power.GONE and domains(libvirt) == []
 
 

@@ -181,6 +181,8 @@ def test_a_switch_that_is_not_there_is_missed_before_anything_is_made(lab: Lab) 
             with pytest.raises(PlatformError, match=r"there is no switch Nothing; there are: \[Production\]"):
                 ask(one)
         platform.check_machine(replace(one, isolated=True))
+    with pytest.raises(PlatformError, match="'Tests' is the network of tests"):
+        lab.platform().check_machine(replace(spec, networks=(None, "Tests")))
     assert lab.fake.vms == [] and list(lab.share.iterdir()) == []
 
 

@@ -28,7 +28,7 @@ from replica.platforms.hyperv import description, screen, scripts
 from replica.platforms.hyperv.asking import ASK_SECONDS, FoundMachine, HypervHost
 from replica.platforms.hyperv.channel import DirectChannel
 from replica.platforms.hyperv.settings import HypervSettings
-from replica.platforms.networks import networks_of
+from replica.platforms.networks import networks_of, require_apart
 from replica.platforms.platform import DiskState, MachineSpec, PlatformName, Power
 from vhdx.progress import Progress, silent
 
@@ -77,9 +77,13 @@ class HypervPlatform:
 
     def check_machine(self, spec: MachineSpec) -> None:
         """Return if the host has the switches of the machine's adapters. Nothing is made. Raises PlatformError."""
-        switches = [one for one in networks_of(spec, self._settings.networks) if one is not None]
-        if switches:
+        if switches := self._switches(spec):
             self._there.check(switches)
+
+    def _switches(self, spec: MachineSpec) -> list[str]:
+        named = networks_of(spec, self._settings.networks)
+        require_apart(named, self._settings.test_switch)
+        return [one for one in named if one is not None]
 
     def _check(self, switches: Sequence[str]) -> None:
         self._there.check(switches)
@@ -106,7 +110,7 @@ class HypervPlatform:
             template=self._settings.template,
         )
         with self._folders.held(spec.name) as folder:
-            self._check([one for one in networks_of(spec, self._settings.networks) if one is not None])
+            self._check(self._switches(spec))
             found, _ = self._there.find(spec.name)
             if found is None or found.places is None:
                 self._write_disks(spec, folder)

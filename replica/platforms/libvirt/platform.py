@@ -32,7 +32,7 @@ from replica.platforms.libvirt.access import READ, WRITE, QemuUser
 from replica.platforms.libvirt.agent import DomainAgent
 from replica.platforms.libvirt.files import LibvirtFiles
 from replica.platforms.libvirt.settings import LibvirtSettings
-from replica.platforms.networks import networks_of
+from replica.platforms.networks import networks_of, require_apart
 from replica.platforms.platform import DiskSpec, DiskState, MachineSpec, PlatformName, Power
 from replica.platforms.qemu.command import bios_uuid, firmware
 from replica.platforms.qemu.screen import LARGEST_PICTURE_BYTES, png_of
@@ -102,6 +102,7 @@ class LibvirtPlatform:
 
     def _require_networks(self, spec: MachineSpec) -> None:
         named = networks_of(spec, self._settings.networks)
+        require_apart(named, self._settings.test_network)
         for number, one in enumerate(spec.machine.nics):
             network, bridge = domain.place_of(spec, number, self._settings)
             key = f"platforms.libvirt.{'test_network' if spec.isolated else 'network' if network else 'bridge'}"
