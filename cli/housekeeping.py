@@ -16,6 +16,7 @@ from replica.errors import GodwitError
 from replica.garbage import Collection, References
 from replica.health import gathering
 from replica.immutability import Prolongation
+from replica.plans import sweeping
 from replica.prune import Pruning
 from replica.rewriting import Rewriting
 from replica.stores.store import Store
@@ -154,6 +155,7 @@ def gc(
     references = garbage.survey(store, tenant, workers=session.configuration.workers)
     if not dry_run:
         gathering.sweep(store, tenant, session.host.clock.now())
+        sweeping.sweep(store, tenant, session.host.clock.now())
     span = timedelta(seconds=grace) if grace is not None else garbage.GRACE
     results: list[dict[str, Any]] = []
     code = None

@@ -113,6 +113,11 @@ def tenant_key(tenant: str, number: int) -> str:
     return f"{tenant_keys(tenant)}{number:020}.json"
 
 
+def plans(tenant: str) -> str:
+    """Return the prefix of what the runs of all the tenant's plans leave."""
+    return f"tenants/{check_tenant(tenant)}/plans/"
+
+
 @dataclass(frozen=True, slots=True)
 class PlanKeys:
     """The keys of what the runs of one recovery plan leave. ``plan`` is written as a tenant is."""

@@ -182,6 +182,8 @@ def _retention(made: _Statements, terms: Terms | None) -> None:
         keys.HOLDS,
         keys.DIGESTS,
         keys.CHANGES,
+        keys.PLAN_RUNS,
+        keys.PLAN_JOURNALS,
     )
     made.allow("Write", ("s3:PutObject",), written)
     made.allow("Lease", ("s3:PutObject",), [keys.LEASES])

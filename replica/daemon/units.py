@@ -37,6 +37,7 @@ from replica.health import gathering, journal
 from replica.health.publishing import Watched
 from replica.model import Settings, Standing
 from replica.pipeline import ordered
+from replica.plans import sweeping
 from replica.stores.store import Store
 
 LOOKS_AT_ONCE: Final = 8
@@ -279,6 +280,7 @@ def _gc(unit: Unit, site: Site) -> Result:
         deleted, reclaimed = deleted + done.deleted.objects, reclaimed + done.deleted.bytes
         waiting, busy = waiting + done.waiting.bytes, busy + (done.busy is not None)
     gathering.sweep(store, unit.tenant, site.host.clock.now())
+    sweeping.sweep(store, unit.tenant, site.host.clock.now())
     fields = {"deleted_objects": deleted, "reclaimed_bytes": reclaimed, "waiting_bytes": waiting, "busy_vms": busy}
     if errors:
         return Result(judge(errors[0]), {**fields, "failed_vms": len(errors)}, errors[0])

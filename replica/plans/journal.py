@@ -303,6 +303,16 @@ def read(store: Store, keys: PlanKeys, run: int) -> RunState:
             return state
 
 
+def ended_at(store: Store, keys: PlanKeys, run: int, last: int) -> datetime | None:
+    """Return when a run ended or was given up, by its ``last`` entry; None where that is not what it says.
+
+    Raises IntegrityError, FormatVersionError, ObjectMissingError.
+    """
+    key = keys.entry(run, last)
+    entry = _decode(store.get(key), key=key, run=run, number=last)
+    return entry.at if entry.what in (What.ENDED, What.GIVEN_UP) else None
+
+
 def _take(store: Store, keys: PlanKeys, run: int, key: str, state: RunState) -> None:
     if key != keys.entry(run, state.entries + 1) or state.entries >= MOST_ENTRIES:
         raise IntegrityError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,8 @@ from replica import lease
 from replica.host import Host, SystemClock, this_host
 from replica.stores.address import open_store
 from tests.integration.test_cli_replication import Site, bare, site  # noqa: F401 - fixtures
-from tests.support.engine import BLOCK, random_blocks
+from tests.support.engine import BLOCK, FakeClock, random_blocks
+from tests.unit.test_plan_sweeping import Runs
 
 POINTS = 10  # enough for the maps to be merged once
 
@@ -39,6 +40,15 @@ def _data(site: Site) -> dict[str, bytes]:  # noqa: F811
 def _let_an_hour_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     now = SystemClock.now
     monkeypatch.setattr(SystemClock, "now", lambda self: now(self) + timedelta(hours=1))
+
+
+def test_runs_of_plans_that_ended_long_ago_are_deleted(history: Site) -> None:
+    runs = Runs(open_store(str(history.store)), FakeClock(datetime(2020, 1, 1, tzinfo=UTC)))
+    assert [runs.run("shop"), runs.run("shop")] == [1, 2]
+    history.good("gc", "web", "--dry-run")
+    assert runs.left("shop") == ([1, 2], [1, 2])
+    history.good("gc", "web", "--yes")
+    assert runs.left("shop") == ([2], [2])
 
 
 def test_old_points_are_removed_and_their_room_freed(history: Site, monkeypatch: pytest.MonkeyPatch) -> None:

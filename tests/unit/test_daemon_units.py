@@ -26,12 +26,14 @@ from replica.daemon.units import Facts, Task, Unit, Verdict, perform
 from replica.errors import IntegrityError, StoreUnavailableError
 from replica.health import journal
 from replica.health.observation import EventKind
+from replica.plans.sweeping import KEPT
 from replica.sampling import Budget
 from replica.stores.memory import MemoryStore
 from replica.stores.store import ObjectData, Store
 from replica.vault import Vault
 from tests.support.engine import BLOCK, WORKERS, FakeClock, Lab, make_host, make_lab, random_blocks
 from tests.support.store_doubles import Fault, FaultKind, FaultyStore
+from tests.unit.test_plan_sweeping import Runs
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -202,12 +204,17 @@ def test_garbage_is_collected_for_the_agent_s_own_vms(lab: Lab) -> None:
         lab.replicate()
     catalog.update_settings(lab.store, lab.host, lab.found, retention="last:1")
     assert perform(unit_of(lab, Task.PRUNE), site).fields["removed"] == 11
+    runs = Runs(lab.store, clock)
+    assert [runs.run("shop"), runs.run("shop")] == [1, 2]
     unit = Unit(Task.GC, "memory:x", "default", names=("web 1",))
     assert perform(unit, site).fields["deleted_objects"] == 0
     clock.advance((garbage.GRACE + timedelta(seconds=1)).total_seconds())
     assert int(str(perform(unit, site).fields["deleted_objects"])) > 0
     assert site.collecting is None
     lab.assert_restores(12)
+    clock.advance(KEPT.total_seconds())
+    perform(unit, site)
+    assert runs.left("shop") == ([2], [2])
 
 
 def test_a_refresh_finds_vms_looks_at_those_not_known_and_says_whose_disks_are_not_here(

@@ -79,7 +79,7 @@ def test_every_key_is_what_the_roles_may_do_with_it(format_: Format, terms: Term
             assert not allows(made, "recovery", action, key, condition=["s3:if-none-match"])
         for action in ("s3:DeleteObject", "s3:DeleteObjectVersion"):
             assert not allows(made, "agent", action, key)
-            deletable = (DIGEST, CHANGE, *HISTORY, VM.pin(7), VM.hold(7, "cd" * 16), VM.condemned_list(1))
+            deletable = (DIGEST, CHANGE, *PLANNED, *HISTORY, VM.pin(7), VM.hold(7, "cd" * 16), VM.condemned_list(1))
             assert allows(made, "retention", action, key) == (key in deletable)
     for key in (*HISTORY, *DESCRIPTION, *PLANNED, VM.hold(7, "cd" * 16)):
         assert allows(made, "agent", "s3:PutObject", key, condition=["s3:if-none-match"])
