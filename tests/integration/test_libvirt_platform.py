@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -267,7 +268,7 @@ def test_what_a_machine_needs_is_looked_for_beforehand(
     refused(r"platforms\.libvirt\.network: .* 'off' is not active", network="off")
     from_source = replace(spec.machine, nics=(Nic(None, "vm network"), Nic()))
     spec = replace(spec, machine=from_source)
-    known = "libvirt has no network 'nothing'; there is off"
+    known = "libvirt has no network 'nothing'; there is 'off'"
     refused(f"source's network 'vm network': {known}", networks={"vm network": "nothing"})
     refused(f"adapters that were in no network: {known}", networks={"*": "nothing", "vm network": "bridge:lo"})
     refused(r"this host has no bridge 'nothing'; there ", networks={"*": "bridge:nothing"})
@@ -277,6 +278,21 @@ def test_what_a_machine_needs_is_looked_for_beforehand(
     spec = replace(spec, networks=("off",))
     refused("'off' is the network of tests", test_network="off")
     assert platform.power(NAME) is Power.GONE and domains(libvirt) == []
+
+
+def test_a_domain_has_the_networks_that_were_named(
+    libvirt: LibvirtHost, recovery: Recovery, platform: LibvirtPlatform
+) -> None:
+    spec = recovery.spec(platform.folder(NAME), NAME)
+    machine = replace(spec.machine, nics=(Nic(None, "lan"), Nic(None, "dmz"), Nic()))
+    platform.define(replace(spec, machine=machine, networks=("recovery", "bridge:br7")))
+    found = ElementTree.fromstring(libvirt.virsh("dumpxml", NAME)).iterfind("devices/interface")
+    sources = [one.find("source") for one in found]
+    assert [None if one is None else dict(one.attrib) for one in sources] == [
+        {"network": "recovery"},
+        {"bridge": "br7"},
+        None,
+    ]
 
 
 def test_a_domain_of_anybody_else_is_left_alone(

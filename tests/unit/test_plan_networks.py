@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from replica.failover.identity import Identifies
 from replica.model import FailoverKind, Machine, Nic
 from replica.plans import program
 from replica.plans.networks import MappedPlatform, mapped
+from replica.platforms.folder import MachineFolder
 from replica.platforms.platform import MachineSpec
 from tests.support.failover import make_site
 from tests.support.recovery import wait_until
@@ -34,6 +36,18 @@ def test_a_machine_is_made_in_the_networks_that_the_plan_says(tmp_path: Path) ->
     only.define(replace(spec, name="n"))
     assert site.hypervisor.machines["n"].spec.networks == ("recovery", None, None)  # as the platform's settings say
     assert mapped(site.means(), {}).open_platform("qemu").name == "qemu"
+
+
+def test_a_machine_is_read_as_it_was_written_with_its_networks(tmp_path: Path) -> None:
+    folder = MachineFolder(tmp_path, "m")
+    for networks in ((), ("lan", None)):
+        spec = MachineSpec("m", "web", Machine(1, nics=(Nic(None, "dmz"), Nic())), (), networks=networks)
+        folder.write(spec)
+        assert folder.read() == spec
+    told = json.loads(folder.description.read_bytes())
+    del told["networks"]  # as before there were any
+    folder.description.write_text(json.dumps(told))
+    assert folder.read() == replace(spec, networks=())
 
 
 def test_a_failover_goes_through_it(tmp_path: Path) -> None:

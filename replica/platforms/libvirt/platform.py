@@ -431,7 +431,7 @@ def _bridges() -> list[str]:
 
 def _listed(names: Iterable[str]) -> str:
     """Return a clause that says which there are instead."""
-    found = [one for one in names if one]
+    found = [repr(one) for one in names if one]
     return f"; there {'is' if len(found) == 1 else 'are'} {', '.join(found[:20]) or 'none'}"
 
 
