@@ -73,7 +73,7 @@ def plan_page(body: Mapping[str, Any], pictures: Mapping[str, bytes], fingerprin
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{_text(title)}</title><style>{SHEET}</style></head><body>",
         _head(body, name),
-        _reasons(body["reasons"]),
+        _reasons(body["reasons"], "all machines were"),
         _facts("What was seen", (("RTO, from the command to the last first answer", rto), ("VMs", len(body["vms"])))),
         _table("Groups", ("Group", "All answered after", "Points lie apart"), groups),
         _table("Steps", ("Step", "Result", "Took", "What"), steps),
@@ -129,9 +129,9 @@ def _head(body: Mapping[str, Any], name: str) -> str:
     )
 
 
-def _reasons(reasons: list[str]) -> str:
+def _reasons(reasons: list[str], machines: str = "the machine was") -> str:
     if not reasons:
-        return "<p>Every check that is required passed, and the machine was removed.</p>"
+        return f"<p>Every check that is required passed, and {machines} removed.</p>"
     told = "".join(f'<li class="bad">{_text(one)}</li>' for one in reasons)
     return f'<h2>Why it failed</h2><ul class="reasons">{told}</ul>'
 
