@@ -28,11 +28,11 @@ from replica import catalog, configuration, keysource
 from replica.configuration import Configuration
 from replica.errors import GodwitError, PlatformError
 from replica.generation.patched import Conversion
-from replica.host import this_host
+from replica.host import Host, this_host
 from replica.nbd.connection import connect_unix
 from replica.nbd.wire import NbdGoneError, UnixAddress
 from replica.platforms.folder import MachineFolder
-from replica.platforms.overlay import is_hydrated
+from replica.platforms.overlay import is_hydrated, stands_alone
 from replica.platforms.process import Owned, start
 from replica.platforms.sockets import make_place, socket_path
 from replica.serving import serve_point
@@ -212,7 +212,7 @@ def serve(folder: Path, ended: threading.Event) -> None:
             if not (folder / CONFIGURATION).exists():
                 remarks.add("the machine was deleted")
                 return
-            if _are_whole(folder, spec.overlays):
+            if _are_whole(folder, spec.overlays, host, loaded):
                 remarks.add("the machine's disks are whole, and need no server any more")
                 return
 
@@ -239,11 +239,24 @@ def conversion_of(folder: Path, spec: ServantSpec) -> Conversion | None:
         raise PlatformError(f"cannot read the conversion manifest: {error.strerror}", path=str(path)) from error
 
 
-def _are_whole(folder: Path, overlays: tuple[str, ...]) -> bool:
+def _are_whole(folder: Path, overlays: tuple[str, ...], host: Host, loaded: Configuration) -> bool:
+    """Whether the machine's disks need nothing of ours any more, whatever becomes of its QEMU."""
     try:
-        return bool(overlays) and all(is_hydrated(folder / name) for name in overlays)
-    except PlatformError:  # one is not there yet
+        if not overlays or not all(stands_alone(folder / name) for name in overlays):
+            return False
+        if not all(is_hydrated(folder / name) for name in overlays):
+            _have_settled(folder, host, loaded)
+        return all(is_hydrated(folder / name) for name in overlays)
+    except GodwitError:  # a disk is not there yet, or the machine does not answer now: at the next look
         return False
+
+
+def _have_settled(folder: Path, host: Host, loaded: Configuration) -> None:
+    """Have the platform look at the machine's disks, by which it settles them. Raises GodwitError."""
+    from replica.platforms.registry import open_platform  # noqa: PLC0415 - the platforms start us
+
+    platform = open_platform(folder.parent.name, host, tables=loaded.platforms)
+    platform.disks(MachineFolder(folder, folder.name).read().name)
 
 
 class _Remarks:

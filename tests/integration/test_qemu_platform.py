@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from replica.platforms.qemu.files import QemuFiles
 from replica.platforms.sockets import socket_path
 from replica.qemu import LiveAddress
 from tests.support import running_qemu
-from tests.support.recovery import SAID, SECTOR, WRITTEN_SECTOR, Recovery, boot_sector, wait_until
+from tests.support.recovery import SAID, SECTOR, WAIT_SECONDS, WRITTEN_SECTOR, Recovery, boot_sector, wait_until
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="recovery machines run on Linux"),
@@ -180,6 +181,54 @@ def test_hydration_that_was_cut_off_goes_on_with_the_next_start(recovery: Recove
         assert content(files.disk(1), tmp_path) == recovery.sources[1].read_bytes()
     finally:
         slow.delete(NAME)
+
+
+def test_a_qemu_that_dies_as_hydration_ends_costs_nothing(
+    recovery: Recovery, platform: QemuPlatform, tmp_path: Path
+) -> None:
+    """Its header names no backing file any more by then; which clusters there are may not be written down."""
+    files = started(recovery, platform)
+    number = files.process.pid()
+    assert number is not None
+    platform.hydrate(NAME)
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not overlay.stands_alone(files.disk(1)):  # without a pause: it is the very instant that matters
+        assert time.monotonic() < deadline
+    os.kill(number, signal.SIGKILL)
+    assert files.process.wait(30)
+    platform.start(NAME)
+    wait_until(lambda: all(d.hydrated for d in platform.disks(NAME)), "the disks are whole")
+    wait_until(lambda: not servant.is_running(files.folder.path), "the server has ended by itself")
+    platform.stop(NAME, force=True)
+    assert content(files.disk(1), tmp_path) == recovery.sources[1].read_bytes()
+
+
+def test_a_disk_counts_as_hydrated_once_it_was_flushed_or_closed(recovery: Recovery, platform: QemuPlatform) -> None:
+    files = started(recovery, platform)
+    platform.hydrate(NAME)
+    wait_until(lambda: all(d.hydrated for d in platform.disks(NAME)), "the disks are whole")
+    wait_until(lambda: not servant.is_running(files.folder.path), "the server has ended by itself")
+    marks = sorted(files.folder.path.glob(f"disk-*{overlay.MARK_SUFFIX}"))
+    assert [one.stem for one in marks] == ["disk-0", "disk-1"]
+
+    def unmark() -> None:
+        for one in marks:
+            one.unlink()
+
+    platform.stop(NAME, force=True)  # QEMU closes its disks
+    unmark()
+    assert all(d.hydrated for d in platform.disks(NAME))
+
+    platform.start(NAME)
+    number = files.process.pid()
+    assert number is not None
+    os.kill(number, signal.SIGKILL)
+    assert files.process.wait(30)
+    unmark()
+    assert not any(d.hydrated for d in platform.disks(NAME))
+    platform.start(NAME)
+    assert not overlay.stands_alone(files.disk(1)) or overlay.is_hydrated(files.disk(1))
+    wait_until(lambda: all(d.hydrated for d in platform.disks(NAME)), "the disks are whole")
 
 
 def test_define_makes_good_what_an_interruption_left(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from replica.libvirt.virsh import Virsh, VirshRefusedError
-from replica.platforms.overlay import is_hydrated
+from replica.libvirt.virsh import Virsh, VirshError, VirshRefusedError
+from replica.platforms.overlay import stands_alone
 
 JOB: Final = "Block Pull"
 
@@ -18,14 +19,29 @@ def begin(virsh: Virsh, uuid: str, disks: Iterable[tuple[str, Path]], *, mib_per
     Raises VirshError, PlatformError.
     """
     for target, path in disks:
-        if is_hydrated(path) or _job(virsh, uuid, target) is not None:
+        if stands_alone(path) or _job(virsh, uuid, target) is not None:
             continue
         speed = ("--bandwidth", str(mib_per_second)) if mib_per_second else ()
         try:
             virsh.ask("blockpull", "--domain", uuid, "--path", target, *speed)
         except VirshRefusedError:
-            if not is_hydrated(path) and _job(virsh, uuid, target) is None:  # else another command was quicker
+            if not stands_alone(path) and _job(virsh, uuid, target) is None:  # else another command was quicker
                 raise
+
+
+def flush(virsh: Virsh, uuid: str, path: Path) -> None:
+    """Have QEMU write down which clusters a disk has. Raises VirshError.
+
+    No command of libvirt's own does just that.
+    """
+    rows = json.loads(virsh.ask("qemu-monitor-command", "--domain", uuid, '{"execute": "query-named-block-nodes"}'))
+    for row in rows.get("return", ()):
+        if row.get("drv") == "qcow2" and row.get("file") == str(path):
+            said = virsh.ask("qemu-monitor-command", "--domain", uuid, "--hmp", f'qemu-io {row["node-name"]} "flush"')
+            if not said.strip():
+                return
+            raise VirshError(f"QEMU does not flush the disk: {said.strip()[:200]}", path=str(path))
+    raise VirshError("QEMU has no node of the disk", path=str(path))
 
 
 def remaining_bytes(virsh: Virsh, uuid: str, target: str) -> int | None:

@@ -165,7 +165,7 @@ class LibvirtPlatform:
     def _clear(self, folder: MachineFolder, files: LibvirtFiles) -> None:
         """Remove what an earlier attempt left, but not what belongs to the server of the disks."""
         folder.description.unlink(missing_ok=True)
-        for path in (*folder.path.glob("disk-*.qcow2"), files.variables, files.started, files.hydrating, files.console):
+        for path in (*folder.path.glob("disk-*"), files.variables, files.started, files.hydrating, files.console):
             path.unlink(missing_ok=True)
 
     def _put(self, spec: MachineSpec, files: LibvirtFiles, backed: frozenset[int]) -> None:
@@ -218,10 +218,15 @@ class LibvirtPlatform:
         """Turn the machine on, or let it go on where it stopped because of its disks; see ``Platform.start``."""
         with self._folders.held(name) as folder, self._asking(name):
             spec, files = folder.read(), LibvirtFiles(folder)
+            state = self._state(name)
+            if state in (None, *_OFF):
+                own = _own_disks(spec, files)
+                overlay.settle_closed(own)
+                for number, path in overlay.unsettled(own).items():
+                    overlay.lean_back(path, next(disk for disk in spec.disks if disk.number == number))
             backed = self._backed(spec, files)
             if backed:
                 self._serve(folder, files)
-            state = self._state(name)
             if state in (None, *_OFF):
                 with folder.errors("start the machine"):
                     files.started.touch()
@@ -304,6 +309,12 @@ class LibvirtPlatform:
         named = domain.targets(spec)
         with self._asking(name):
             runs = self._state(name) not in (None, *_OFF)
+            if not runs:
+                overlay.settle_closed(_own_disks(spec, files))
+            else:
+                for path in overlay.unsettled(_own_disks(spec, files)).values():
+                    hydration.flush(self._virsh, _id(spec.name), path)
+                    overlay.settle(path)
             return tuple(self._disk(spec, files, disk, named[disk.number].name, runs=runs) for disk in spec.disks)
 
     def _disk(self, spec: MachineSpec, files: LibvirtFiles, disk: DiskSpec, target: str, *, runs: bool) -> DiskState:
@@ -443,6 +454,10 @@ def agent_channel(virsh: Virsh, uuid: str) -> AgentChannel:
 
 def _connected(virsh: Virsh, path: str, *, timeout_seconds: float) -> DomainAgent:
     return DomainAgent(virsh, path, timeout_seconds=timeout_seconds)
+
+
+def _own_disks(spec: MachineSpec, files: LibvirtFiles) -> dict[int, Path]:
+    return {disk.number: files.disk(disk.number) for disk in spec.disks}
 
 
 def _id(name: str) -> str:

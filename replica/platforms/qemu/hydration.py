@@ -37,6 +37,13 @@ def begin(monitor: Monitor, disks: Iterable[DiskSpec], *, bytes_per_second: int 
                     raise
 
 
+def flush(monitor: Monitor, number: int) -> None:
+    """Have QEMU write down which clusters a disk has. Raises MonitorError."""
+    said = monitor.execute("human-monitor-command", command_line=f'qemu-io {node_name(number)} "flush"')
+    if isinstance(said, str) and said.strip():
+        raise MonitorError(f"QEMU does not flush disk {number}: {said.strip()[:200]}", path=monitor.path)
+
+
 def backed_nodes(monitor: Monitor) -> frozenset[str]:
     """Return the names of block nodes that build on another. Raises MonitorError."""
     rows = monitor.rows("query-named-block-nodes", flat=True)

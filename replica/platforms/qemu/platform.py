@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Final
 
 from replica.errors import PlatformError
@@ -112,13 +113,18 @@ class QemuPlatform:
     def _clear(self, folder: MachineFolder, files: QemuFiles) -> None:
         """Remove what an earlier attempt left, but not what belongs to the server of the disks."""
         folder.description.unlink(missing_ok=True)
-        for path in (*folder.path.glob("disk-*.qcow2"), files.variables, files.started, files.hydrating, files.console):
+        for path in (*folder.path.glob("disk-*"), files.variables, files.started, files.hydrating, files.console):
             path.unlink(missing_ok=True)
 
     def start(self, name: str) -> None:
         """Turn the machine on, or let it go on where it stopped because of its disks; see ``Platform.start``."""
         with self._folders.held(name) as folder:
             spec, files = folder.read(), QemuFiles(folder)
+            if files.process.pid() is None:
+                own = _own_disks(spec, files)
+                overlay.settle_closed(own)
+                for number, path in overlay.unsettled(own).items():
+                    overlay.lean_back(path, next(disk for disk in spec.disks if disk.number == number))
             backed = frozenset(d.number for d in spec.disks if not overlay.is_hydrated(files.disk(d.number)))
             if backed:
                 servant.ensure(folder.path, environment=self._environment)
@@ -204,12 +210,16 @@ class QemuPlatform:
         if runs:
             try:
                 with self._monitor(name, files) as monitor:
+                    for number, path in overlay.unsettled(_own_disks(spec, files)).items():
+                        hydration.flush(monitor, number)
+                        overlay.settle(path)
                     left = hydration.remaining(monitor, spec.disks)
             except PlatformError:
                 if files.process.pid() is not None:
                     raise
                 runs = False
         if not runs:
+            overlay.settle_closed(_own_disks(spec, files))
             left = {d.number: d.size for d in spec.disks if not overlay.is_hydrated(files.disk(d.number))}
         return tuple(
             DiskState(
@@ -295,6 +305,10 @@ class QemuPlatform:
                 yield monitor
         except MonitorError as error:
             raise PlatformError(f"{name}: {error.message}", path=error.path, hint=error.hint) from error
+
+
+def _own_disks(spec: MachineSpec, files: QemuFiles) -> dict[int, Path]:
+    return {disk.number: files.disk(disk.number) for disk in spec.disks}
 
 
 def _hint(reason: str) -> str | None:
