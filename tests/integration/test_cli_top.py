@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from fcntl import ioctl
@@ -213,7 +214,11 @@ def _read_until(descriptor: int, wanted: bytes) -> bytes:
 def test_it_runs_until_ctrl_c_and_leaves_without_a_word(environment: Path, terminal: tuple[int, int]) -> None:
     protect(environment, "web")
     ours, theirs = terminal
-    command = [sys.executable, "-c", "from cli.main import main; main()", "top", "--interval", "1s"]
+    # Whoever runs tests in the background may have them ignore Ctrl-C, and what they start with them.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", program, "top", "--interval", "1s"]
     with subprocess.Popen(
         command,
         stdin=theirs,
@@ -229,7 +234,9 @@ def test_it_runs_until_ctrl_c_and_leaves_without_a_word(environment: Path, termi
             process.send_signal(signal.SIGINT)
             assert process.stderr is not None
             # What is still drawn has to be taken, or the process waits for that.
+            deadline = time.monotonic() + LIMIT_SECONDS
             while process.poll() is None:
+                assert time.monotonic() < deadline, "it goes on"
                 if select.select([ours], [], [], 0.05)[0]:
                     os.read(ours, 65536)
             assert (process.returncode, process.stderr.read()) == (0, b"")
