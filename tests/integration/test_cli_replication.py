@@ -412,7 +412,7 @@ def test_any_vm_name_is_refused_or_harmless(site: Site, name: str, taken: bool) 
         site.good("restore", "--to", "out.img", "--", name)
         (site.folder / "out.img").unlink()
     else:
-        assert site.good("status", "--json").document == {"vms": []}
+        assert site.good("status", "--json").document["vms"] == []
     after = {path for path in site.folder.rglob("*") if site.store not in path.parents and "state" not in path.parts}
     assert after <= before | {site.store, site.folder / "state"}
 
