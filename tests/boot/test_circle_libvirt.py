@@ -115,9 +115,6 @@ def site() -> Iterator[LibvirtSite]:
             print("\n".join(made.said))
 
 
-@pytest.mark.skipif(
-    os.environ.get("GODWIT_BOOT") != "all", reason="GODWIT_BOOT=all, as in `make test-boot`, does it on libvirt too"
-)
 def test_a_domain_goes_out_as_generation_1_and_comes_home_as_generation_2(site: LibvirtSite, guest_raw: Path) -> None:
     disk = site.host.images / "guest.qcow2"
     subprocess.run(["qemu-img", "convert", "-O", "qcow2", str(guest_raw), str(disk)], check=True)
