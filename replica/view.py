@@ -28,6 +28,7 @@ from vhdx.errors import OutOfRangeError, ReadOnlyError
 INDEX_BLOCKS: Final = 8192  # 512 MiB of disk, whose entries are looked up at once
 INDEX_WINDOWS: Final = 64  # kept: about 40 bytes a block, 20 MiB in all
 AHEAD_BLOCKS: Final = 64  # read ahead of a reader that goes on where one was before: a whole fetch
+FAR_AHEAD_BLOCKS: Final = 256  # and of one that has read so far in a row as a whole fetch reaches
 
 _ZERO: Final = bytes(BLOCK_BYTES)
 
@@ -251,8 +252,9 @@ class PointView:
 
     def _look_ahead(self, first: int, end: int) -> None:
         """Begin to fetch what follows, where what goes before was read, and half of what follows is not on its way."""
-        stop = min(end + AHEAD_BLOCKS, block_count(self.size))
-        if end < stop and self._is_known(first - 1) and not self._is_known(min(end + AHEAD_BLOCKS // 2, stop - 1)):
+        ahead = FAR_AHEAD_BLOCKS if self._is_known(first - AHEAD_BLOCKS) else AHEAD_BLOCKS
+        stop = min(end + ahead, block_count(self.size))
+        if end < stop and self._is_known(first - 1) and not self._is_known(min(end + ahead // 2, stop - 1)):
             with self._lock:
                 busy = len(self._coming) > self._most_ahead
             if not busy:
