@@ -320,7 +320,8 @@ def check_the_hour(fleet: Fleet, intervals: dict[str, int], stopped: float, was_
         away = AWAY[1] - AWAY[0] + 8 * MINUTE if name in CUT_OFF else 0  # and the pause after four failures
         assert max(fleet.waits(name)) <= max(2 * intervals[name] + 180, 420) + away, name
         assert len(fleet.waits(name)) + missed[name] >= HOUR // intervals[name] - 3, name
-    few = 15 if LONG else 4  # that go by while the line is full, or the agent is started anew
+    # While the line is full, or the agent is started anew, as many may go by as fit into the longest wait of above.
+    few = 15 if LONG else 420 // MINUTE
     assert all(missed[name] <= few if name not in CUT_OFF else missed[name] >= 5 for name in MINUTELY), missed
     print(f"{sum(missed.values())} turns missed of {sum(len(fleet.waits(name)) for name in ordinary)}")
 
@@ -355,7 +356,7 @@ def check_retries(fleet: Fleet, stopped: float) -> None:
     for at, event in fleet.world.told("cycle.failed", "cycle.started"):
         by_vm[event.vm].append((at, event.name, int(str(event.fields.get("failures", 0)))))
     seen = Counter[int]()
-    latest = 180 if LONG else 60  # while the line is full
+    latest = 180 if LONG else 120  # while the line is full
     for vm, told in by_vm.items():
         for (at, name, failures), (following, _, _) in itertools.pairwise(told):
             if name == "cycle.failed" and not at < stopped <= following:
